@@ -1,0 +1,260 @@
+"""Boundaries, sites, signals and slots: what passes and policies talk about.
+
+A *boundary* is a place in the graph found by `passes.mark_boundaries`: the edge of a step,
+of a guidance call, of a block, of a sublayer. A *site* is a stretch between boundaries
+that a policy may skip; a *signal* a change that it wants measured; a *slot* where a value
+stays between calls. Sites and signals are declared by policies, slots by passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx
+
+from cachepass.errors import PolicyError
+from cachepass.ir import ops
+
+# ------------------------------------------------------------------------ predictors
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """What stands in for a skipped value.
+
+    `store(output, input)` is kept when the site computes, `predict(cached, input)` is used
+    when it is reused. `input` is the same stream where it enters the site.
+    """
+
+    name: str
+    store: Callable[[Tensor, Tensor], Tensor]
+    predict: Callable[[Tensor, Tensor], Tensor]
+
+
+def _keep(output: Tensor, _: Tensor) -> Tensor:
+    return ops.clone(output)
+
+
+def _replay(cached: Tensor, _: Tensor) -> Tensor:
+    return ops.clone(cached)
+
+
+RESIDUAL = Predictor("residual", operator.sub, operator.add)
+"""input + (output - input) of the last computed call."""
+
+LAST = Predictor("last", _keep, _replay)
+"""The output of the last computed call, as it was."""
+
+
+# ----------------------------------------------------------------------------- sites
+
+
+class Kind(enum.StrEnum):
+    """The kind of a sublayer, read off its dataflow."""
+
+    SELF_ATTENTION = "self-attention"
+    CROSS_ATTENTION = "cross-attention"
+    MLP = "mlp"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """A stretch of the graph that a decision may skip, by the name that decisions use."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeCall(Site):
+    """The whole call: its last output is returned again."""
+
+    name: str = "step"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cfg(Site):
+    """The unconditional call: this step's conditional output plus the last difference."""
+
+    name: str = "cfg"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks(Site):
+    """A run of blocks ``[start, stop)``, replaced by input + residual.
+
+    An int counts blocks (from the end if negative), a float is a share of them; `stop` None
+    is the end. The defaults are the whole stack.
+    """
+
+    name: str = "stack"
+    start: int | float = 0
+    stop: int | float | None = None
+
+    def range(self, blocks: int) -> tuple[int, int]:
+        """First and one-past-last block of a model with this many blocks."""
+        start = _position(self.start, blocks)
+        stop = blocks if self.stop is None else _position(self.stop, blocks)
+        if not 0 <= start < stop <= blocks:
+            raise PolicyError(
+                f"site {self.name!r} asks for blocks [{self.start}:{self.stop}], which of a "
+                f"model with {blocks} blocks is [{start}:{stop}]: it must hold at least one "
+                f"block and lie within [0:{blocks}]"
+            )
+        return start, stop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sublayers(Site):
+    """The residual branch of every attention or MLP sublayer of these kinds."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+
+
+def _position(where: int | float, blocks: int) -> int:
+    if isinstance(where, float):
+        return int(where * blocks)
+    return where + blocks if where < 0 else where
+
+
+# --------------------------------------------------------------------------- signals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signal:
+    """A change to be measured in the graph: ``sum|now - kept|`` and ``sum|kept|`` per row."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentChange(Signal):
+    """The noisy latent against the one of the step before."""
+
+    name: str = "latent"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestepChange(Signal):
+    """The embedding of the timestep that enters the blocks, against the call before."""
+
+    name: str = "timestep"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockChange(Signal):
+    """The residual of one block before the decision, against the last full call."""
+
+    name: str = "probe"
+    block: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SublayerChange(Signal):
+    """The residual of one sublayer, against the last full call; optionally its motion."""
+
+    name: str = "sublayer"
+    kind: Kind = Kind.SELF_ATTENTION
+    block: int | float = 0.5
+    motion: bool = False
+
+    def index(self, blocks: int) -> int:
+        """The block that is looked at, of this many."""
+        return min(_position(self.block, blocks), blocks - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheChange(Signal):
+    """The object that a site caches, against what it cached before, at full calls."""
+
+    site: str
+
+
+# ----------------------------------------------------------------------------- slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Named storage of one cached tensor."""
+
+    name: str
+    site: str | None
+    """The site whose reuse reads it; None for the reference of a signal."""
+
+    across_branches: bool = False
+    """One value for all branches of a session instead of one for each."""
+
+    within_step: bool = False
+    """Only good within the step that wrote it."""
+
+
+# ---------------------------------------------------------------------------- layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a node belongs, stored as ``node.meta["place"]``."""
+
+    stack: str
+    block: int
+    """Counted over all stacks, in execution order."""
+
+    def __str__(self) -> str:
+        return f"{self.stack}@{self.block}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+    """A residual branch of a block: ``stream = stream + residual``."""
+
+    name: str
+    kind: Kind
+    block: int
+    residual: fx.Node
+    nodes: tuple[fx.Node, ...]
+    """The nodes that feed the residual and nothing else, in graph order."""
+
+
+@dataclasses.dataclass
+class Layout:
+    """What was found in the captured graph; kept as ``gm.meta["layout"]``."""
+
+    stacks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Name of each stack of blocks and its number of blocks, in execution order."""
+
+    latent: fx.Node | None = None
+    timestep: fx.Node | None = None
+    timestep_embedding: fx.Node | None = None
+    frames: fx.Node | int | None = None
+    """The number of latent frames after patching (a node where shapes are dynamic)."""
+
+    sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
+    slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    coverage: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
+    """Blocks that a site skips, by site name (filled in by the insertion passes)."""
+
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Sites and signals that the model does not offer, with the reason."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of all stacks together."""
+        return sum(self.stacks.values())
+
+
+def place_of(node: fx.Node) -> Place | None:
+    """The block that a node belongs to; None outside the stacks."""
+    place: Any = node.meta.get("place")
+    return place if isinstance(place, Place) else None
+
+
+def layout_of(gm: fx.GraphModule) -> Layout:
+    """The layout that `passes.mark_boundaries` left on a graph."""
+    layout = gm.meta.get("layout")
+    if not isinstance(layout, Layout):
+        raise LookupError("this graph has no layout: run MarkBoundaries first")
+    return layout

@@ -1,0 +1,138 @@
+"""The operations that passes may insert, and what each of them means.
+
+A rewritten graph is an ordinary FX graph of torch operations plus the functions of this
+file. Those that touch run-time state take the *frame* of the call as first argument: a
+value like any other, so the same graph serves any number of calls and threads at once.
+Nothing else is allowed to reach state, which is what makes a dump complete: what you
+do not see in it does not happen.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Arm = Callable[..., Any]
+"""One side of a conditional: a GraphModule called as ``arm(frame, *operands)``."""
+
+
+class When(enum.StrEnum):
+    """The condition under which a `guard` runs its arm."""
+
+    FULL = "full"
+    """Some row of this call computes everything: caches are refreshed."""
+
+    COND = "cond"
+    """The call belongs to the conditional branch."""
+
+    UNCOND_FULL = "uncond-full"
+    """As FULL, on the unconditional branch, with this step's conditional output at hand."""
+
+    FIRST_CALL = "first-call"
+    """The call is the first of its step."""
+
+
+class Frame(Protocol):
+    """What the operations need of a running call (implemented in `runtime.frame`)."""
+
+    def read(self, slot: str, like: Tensor | None) -> Tensor: ...
+    def write(self, slot: str, value: Tensor) -> None: ...
+    def observe(self, signal: str, sums: Tensor) -> None: ...
+    def decide(self) -> None: ...
+    def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any: ...
+    def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None: ...
+
+
+def cache_read(frame: Frame, slot: str, like: Tensor | None = None) -> Tensor:
+    """The value of a slot. A cold slot reads as NaN in the shape of `like`.
+
+    In the reuse arm of a conditional the slot is warm (else the arm is not taken), and
+    `like` is left out.
+    """
+    return frame.read(slot, like)
+
+
+def cache_write(frame: Frame, slot: str, value: Tensor) -> None:
+    """Keep `value` in a slot, by reference: nobody may write to its memory later."""
+    frame.write(slot, value)
+
+
+def observe(frame: Frame, signal: str, sums: Tensor) -> None:
+    """Record the per-row sums of a signal for this decision or for later steps."""
+    frame.observe(signal, sums)
+
+
+def decide(frame: Frame) -> None:
+    """Ask the policy, once per call: from here on the frame knows what each row reuses."""
+    frame.decide()
+
+
+def conditional(
+    frame: Frame, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]
+) -> Any:
+    """Run `compute` or `reuse` as decided for `site`; both where rows differ.
+
+    Arms return tuples of equal length; where rows differ the outputs are selected row by
+    row along dimension 0.
+    """
+    return frame.select(site, compute, reuse, operands)
+
+
+def guard(frame: Frame, when: When, arm: Arm, operands: tuple[Any, ...]) -> None:
+    """Run `arm` for its effects (writes and signals) if the condition holds."""
+    frame.guard(when, arm, operands)
+
+
+EFFECTS = frozenset({cache_write, observe, decide, guard})
+"""Operations without a result. FX must not take them for dead code."""
+
+FRAME_OPS = EFFECTS | {cache_read, conditional}
+"""Operations whose first argument is the frame; the driver runs them, never Inductor."""
+
+
+# ------------------------------------------------------------------ tensor functions
+# Plain tensor code: traced through by Inductor and fused with its neighbours.
+
+
+def l1_sums(value: Tensor, reference: Tensor) -> Tensor:
+    """Per-row sums of a change: ``[sum|value - reference|, sum|reference|]``.
+
+    Args:
+        value: (rows, ...), any floating dtype.
+        reference: like `value`.
+
+    Returns:
+        (rows, 2) float32. Sums and not a ratio, so that ranks can add theirs up.
+    """
+    a, b = value.float().flatten(1), reference.float().flatten(1)
+    return torch.stack([(a - b).abs().sum(1), b.abs().sum(1)], dim=1)
+
+
+def motion_sums(value: Tensor, reference: Tensor, frames: int) -> Tensor:
+    """`l1_sums`, then the same pair for the change from one video frame to the next.
+
+    The second pair is ``[sum|R[f+1] - R[f]|, sum(|R[f+1]| + |R[f]|)]``: the motion score of
+    AdaCache (arXiv 2411.02397, section 3.3, stride 1).
+
+    Args:
+        value: (rows, frames * height * width, channels): tokens, frame-major.
+        reference: like `value`.
+        frames: number of latent frames.
+
+    Returns:
+        (rows, 4) float32.
+    """
+    video = value.float().unflatten(1, (frames, -1)).flatten(2)
+    later, earlier = video[:, 1:], video[:, :-1]
+    change = (later - earlier).abs().sum((1, 2))
+    size = (later.abs() + earlier.abs()).sum((1, 2))
+    return torch.cat([l1_sums(value, reference), torch.stack([change, size], dim=1)], dim=1)
+
+
+def clone(value: Tensor) -> Tensor:
+    """A copy, so that a slot never aliases an input, an output or another slot."""
+    return value.clone()

@@ -1,0 +1,1 @@
+"""Examples that run as modules from the root of the checkout."""

@@ -1,0 +1,1 @@
+"""A small captioned video world with two trained diffusion transformers."""

@@ -1,0 +1,34 @@
+"""The graph passes, one file each, and the one visible order in which they run."""
+
+from __future__ import annotations
+
+from cachepass.ir.boundary import Signal, Site
+from cachepass.pass_manager import Pass
+from cachepass.passes.eliminate_dead_cache import EliminateDeadCache as EliminateDeadCache
+from cachepass.passes.insert_block_cache import InsertBlockCache as InsertBlockCache
+from cachepass.passes.insert_cfg_cache import InsertCfgCache as InsertCfgCache
+from cachepass.passes.insert_signals import InsertSignals as InsertSignals
+from cachepass.passes.insert_step_cache import InsertStepCache as InsertStepCache
+from cachepass.passes.insert_sublayer_cache import InsertSublayerCache as InsertSublayerCache
+from cachepass.passes.mark_boundaries import MarkBoundaries as MarkBoundaries
+from cachepass.passes.outline_blocks import OutlineBlocks as OutlineBlocks
+from cachepass.passes.outline_regions import OutlineRegions as OutlineRegions
+
+
+def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tuple[Pass, ...]:
+    """The passes for a policy that declares these sites and signals, in order."""
+    return (
+        MarkBoundaries(),
+        # Signals and sublayers lie inside blocks: before the blocks become single calls.
+        InsertSignals(sites, signals),
+        InsertSublayerCache(sites),
+        OutlineBlocks(),
+        # From the inside out, so that a later site may hold an earlier one.
+        InsertBlockCache(sites, signals),
+        InsertStepCache(sites),
+        InsertCfgCache(sites, signals),
+        # After all readers and writers are in place.
+        EliminateDeadCache(),
+        # Last: whatever still computes becomes a region.
+        OutlineRegions(),
+    )

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from cachepass.errors import PolicyError
@@ -185,6 +186,9 @@ class Slot:
     site: str | None
     """The site whose reuse reads it; None for the reference of a signal."""
 
+    dtype: torch.dtype
+    """Of the value that is kept; a cold read has it, too."""
+
     across_branches: bool = False
     """One value for all branches of a session instead of one for each."""
 
@@ -226,11 +230,17 @@ class Layout:
     stacks: dict[str, int] = dataclasses.field(default_factory=dict)
     """Name of each stack of blocks and its number of blocks, in execution order."""
 
+    inputs: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    """The user's tensor arguments by name; every other placeholder is a weight or a number."""
+
     latent: fx.Node | None = None
     timestep: fx.Node | None = None
     timestep_embedding: fx.Node | None = None
-    frames: fx.Node | int | None = None
-    """The number of latent frames after patching (a node where shapes are dynamic)."""
+    """What the first block receives that depends on the timestep and not on the latent."""
+
+    patches: fx.Node | None = None
+    """(rows, channels, frames, height, width): the latent after patching, before it is
+    flattened to the tokens that enter the first block."""
 
     sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Where cachepass meets other libraries."""

@@ -1,0 +1,250 @@
+"""`compile` and its companions: capture, then passes, then lowering, read top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+from cachepass import capture
+from cachepass.adapters import diffusers as pipelines
+from cachepass.errors import CachePassError, SessionError
+from cachepass.ir.printer import format_graph
+from cachepass.lowering.regions import RegionCompiler, lower
+from cachepass.observe import dump_to
+from cachepass.pass_manager import run_passes
+from cachepass.passes import default_pipeline
+from cachepass.report import Report, report_of
+from cachepass.runtime.denoiser import HINT, Denoiser, Hint, Program
+from cachepass.runtime.policies import resolve
+from cachepass.runtime.policy import Policy
+from cachepass.runtime.session import Session
+
+M = TypeVar("M")
+Inner = Literal["inductor", "eager"]
+
+
+def compile(
+    model: M,
+    *,
+    policy: str | Policy = "mixcache",
+    options: dict[str, Any] | None = None,
+    lowering: Literal["regions"] = "regions",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    inner: Inner = "inductor",
+    dump: str | os.PathLike[str] | None = None,
+) -> M:
+    """Compile a denoiser, or every denoiser of a diffusers pipeline, with a cache inside.
+
+    Args:
+        model: a diffusion transformer, or a pipeline that holds some. A module comes back
+            wrapped, as from torch.compile, and is itself left alone; a pipeline comes back
+            as the same object with its denoisers wrapped (`restore` undoes it).
+        policy: a name (see `policies()`) or a policy object.
+        options: fields of the policy, if it is given by name.
+        lowering: "regions", Inductor for each distinct region.
+        mode: as in torch.compile: "default", "max-autotune", ...
+        dynamic: as in torch.compile: whether to capture with symbolic shapes.
+        inner: "eager" runs the rewritten graph without Inductor: slower, bitwise equal to
+            the model, good for debugging.
+        dump: a folder for the graph after each pass; the environment variable
+            CACHEPASS_DUMP does the same.
+
+    Raises:
+        PolicyError: unknown policy or option, with the valid ones.
+        CaptureError: at the first call, if the call cannot be captured or has no blocks.
+    """
+    resolved = resolve(policy, options)
+    if lowering != "regions":
+        raise CachePassError(f"unknown `lowering`={lowering!r}: must be 'regions'")
+    if inner not in ("inductor", "eager"):
+        raise CachePassError(f"unknown `inner`={inner!r}: must be 'inductor' or 'eager'")
+    folder = dump or os.environ.get("CACHEPASS_DUMP") or None
+    wrap = functools.partial(
+        CachedModule, policy=resolved, mode=mode, dynamic=dynamic, inner=inner, dump=folder
+    )
+    if isinstance(model, nn.Module):
+        if isinstance(model, OptimizedModule):
+            raise CachePassError(
+                "the model is compiled already: give cachepass the plain module (`model._orig_mod`), "
+                "it calls Inductor itself"
+            )
+        return wrap(model)  # type: ignore[return-value]
+    return pipelines.attach(model, wrap)
+
+
+class CachedModule(OptimizedModule):
+    """A denoiser with a cache inside; everything else is the user's module, unchanged."""
+
+    _opt_mod_attributes = OptimizedModule._opt_mod_attributes | {"denoiser", "compiler"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        policy: Policy,
+        mode: str | None,
+        dynamic: bool | None,
+        inner: Inner,
+        dump: str | os.PathLike[str] | None,
+    ) -> None:
+        denoiser = Denoiser(policy)
+        compiler = RegionCompiler(mode)
+        backend = _backend(denoiser, compiler, inner, dump, _parameters(model))
+        compiled = torch.compile(
+            model, backend=backend, fullgraph=True, dynamic=dynamic, isolate_recompiles=True
+        )
+        super().__init__(model, compiled.dynamo_ctx)
+        self.denoiser, self.compiler = denoiser, compiler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoising call, without gradients."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise CachePassError(
+                    "an input requires grad: cachepass is for inference, and a reused value has no "
+                    "gradient. Detach the input, or train with the plain module"
+                )
+        try:
+            with torch.no_grad():
+                return super().__call__(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, CachePassError):
+                raise error.inner_exception from error.inner_exception.__cause__
+            raise
+        except Unsupported as error:
+            raise capture.explain_failure(error, type(self._orig_mod).__name__) from error
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """What diffusers pipelines enter around each call: branch, step and number of steps."""
+        hint = Hint(name, fields.get("step_index"), fields.get("num_inference_steps"))
+        token = HINT.set(hint)
+        try:
+            yield
+        finally:
+            HINT.reset(token)
+
+
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(model.forward).parameters)
+
+
+def _backend(
+    denoiser: Denoiser,
+    compiler: RegionCompiler,
+    inner: Inner,
+    dump: str | os.PathLike[str] | None,
+    parameters: Sequence[str],
+) -> Callable[[fx.GraphModule, Sequence[Any]], Program]:
+    """The backend that dynamo hands a captured call to."""
+
+    def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+        if inner == "eager":
+            return gm.forward
+        return lower(gm, gm.meta["layout"].slots, args, compiler)
+
+    def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
+        gm = capture.own_graph(captured, parameters)
+        policy = denoiser.policy
+        passes = default_pipeline(policy.sites(), policy.signals())
+        observers = [dump_to(dump)] if dump is not None else []
+        result = run_passes(gm, passes, observers=observers)
+        program = Program(denoiser, result.graph_module, lower_program)
+        denoiser.programs.append(program)
+        return program
+
+    return cachepass
+
+
+def torch_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
+) -> Program:
+    """``torch.compile(model, backend="cachepass", fullgraph=True, options={"policy": ...})``.
+
+    Steps and branches are read off the calls: one request at a time.
+    """
+    fields = dict(options or {})
+    policy = resolve(fields.pop("policy", "mixcache"), fields)
+    denoiser = Denoiser(policy)
+    return _backend(denoiser, RegionCompiler(), "inductor", os.environ.get("CACHEPASS_DUMP"), ())(
+        gm, example_inputs
+    )
+
+
+def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Session:
+    """A request of its own: enter it around calls, name steps and branches with `at`.
+
+    Args:
+        model: what `compile` returned.
+        num_inference_steps: steps of the request, which some policies need.
+    """
+    return _denoiser(model).new_session(num_inference_steps)
+
+
+def reset(model: Any) -> None:
+    """Drop the slots of all sessions of a compiled model or pipeline."""
+    for cached in _cached(model):
+        cached.denoiser.reset()
+
+
+def report(model: Any) -> Report:
+    """What was found, decided, reused and compiled; of a model, a pipeline or a session."""
+    if isinstance(model, Session):
+        owner = model.owner
+        assert isinstance(owner, Denoiser)
+        return report_of(owner, None, only=model)
+    cached = _cached(model)
+    return report_of(cached[0].denoiser, cached[0].compiler)
+
+
+def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+    """Write the final graph of each captured call to a folder, as text.
+
+    For the graph after every pass, give `compile` the folder (or set CACHEPASS_DUMP).
+    """
+    root = pathlib.Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, cached in enumerate(_cached(model)):
+        if not cached.denoiser.programs:
+            raise CachePassError("nothing was captured yet: call the model once before `dump`")
+        for j, program in enumerate(cached.denoiser.programs):
+            path = root / f"model{i}-graph{j}.txt"
+            path.write_text(format_graph(program.gm), encoding="utf-8")
+            paths.append(path)
+    return paths
+
+
+def restore(pipe: M) -> M:
+    """Undo `compile` on a pipeline: its own denoisers and scheduler come back."""
+    return pipelines.detach(pipe)
+
+
+def _denoiser(model: Any) -> Denoiser:
+    if not isinstance(model, CachedModule):
+        raise SessionError(
+            f"expected what cachepass.compile returned for a module, got {type(model).__name__}"
+        )
+    return model.denoiser
+
+
+def _cached(model: Any) -> list[CachedModule]:
+    if isinstance(model, CachedModule):
+        return [model]
+    found = [m for m in pipelines.denoisers(model).values() if isinstance(m, CachedModule)]
+    if not found:
+        raise CachePassError(
+            f"{type(model).__name__} holds nothing that cachepass.compile has compiled"
+        )
+    return found

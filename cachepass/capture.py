@@ -1,0 +1,58 @@
+"""From dynamo's graph to ours: which placeholder is what, and what to say if there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from cachepass.errors import CaptureError
+
+
+def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.GraphModule:
+    """A copy of dynamo's graph (which dynamo goes on to use) with its inputs labelled.
+
+    Weights (parameters and buffers) get ``meta["weight"]``; every placeholder gets the name
+    that the user knows it by as ``meta["argument"]``.
+
+    Args:
+        captured: dynamo's graph, fresh in a backend.
+        parameters: names of the forward's parameters, for arguments passed by position.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured.graph, {}))
+    gm = fx.GraphModule(captured, graph)
+    gm.meta = {}
+    for node in graph.find_nodes(op="placeholder"):
+        static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+        value = node.meta.get("example_value")
+        node.meta["weight"] = static is not None or isinstance(value, torch.nn.Parameter)
+        graph_argument = node.meta.get("grapharg")
+        source = graph_argument.source.name if graph_argument is not None else str(node.target)
+        node.meta["argument"] = _argument(source, parameters)
+    return gm
+
+
+def _argument(source: str, parameters: Sequence[str]) -> str:
+    """``L['kwargs']['hidden_states']`` or ``L['args'][0]`` or ``L['x']`` -> a name."""
+    by_position = re.match(r"^L\['args'\]\[(\d+)\]$", source)
+    if by_position:
+        index = int(by_position[1])
+        return parameters[index] if index < len(parameters) else f"args[{index}]"
+    return re.sub(r"^L\['(?:kwargs'\]\[')?([^']*)'\]", r"\1", source)
+
+
+def explain_failure(error: Exception, model: str) -> CaptureError:
+    """Dynamo's reason and the line of user code, as one CaptureError."""
+    text = str(error)
+    reason = text.split("\n\n")[0].strip()
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
+    own = [f for f in frames if "/torch/" not in f[0]]
+    where = f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else "an unknown line"
+    return CaptureError(
+        f"the call of {model} cannot be captured as one graph. At {where}: {reason}. "
+        "cachepass rewrites whole graphs: move this code out of the model's forward, or make it "
+        "traceable (torch.compile(model, fullgraph=True) must work)"
+    )

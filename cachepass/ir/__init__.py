@@ -1,0 +1,1 @@
+"""The vocabulary of rewritten graphs: operations, boundaries, printer, verifier."""

@@ -1,0 +1,267 @@
+"""Surgery on FX graphs: cut a run of nodes out, put a call or a conditional in its place.
+
+FX keeps nested graphs as attributes of the owning GraphModule. The functions here keep
+those attributes where the nodes that name them are, so that passes need not care.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from cachepass.errors import PolicyError
+from cachepass.ir import ops
+
+BuildArm = Callable[[fx.Graph, fx.Node, dict[fx.Node, fx.Node]], Sequence[fx.Node]]
+"""Fills the graph of an arm: (graph, frame, outer node -> inner node) -> its outputs."""
+
+_MUTATING_FUNCTIONS = frozenset({operator.setitem, operator.iadd, operator.imul, operator.isub})
+
+
+def is_frame_op(node: fx.Node) -> bool:
+    """Whether a node is one that only the driver can run."""
+    return node.op == "call_function" and node.target in ops.FRAME_OPS
+
+
+def mutated(node: fx.Node) -> fx.Node | None:
+    """The node whose memory this one writes to, if any."""
+    if node.op == "call_function":
+        if node.target in _MUTATING_FUNCTIONS:
+            return _as_node(node.args[0])
+        if node.kwargs.get("inplace") is True:
+            return _as_node(node.args[0] if node.args else node.kwargs.get("input"))
+        return _as_node(node.kwargs.get("out"))
+    if node.op == "call_method":
+        name = str(node.target)
+        if name.endswith("_") and not name.endswith("__"):
+            return _as_node(node.args[0])
+    return None
+
+
+def _as_node(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def inputs_of(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Nodes outside of a run that it uses, in order of first use; attributes left out."""
+    inside = set(nodes)
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        for used in node.all_input_nodes:
+            if used not in inside and used.op != "get_attr":
+                found[used] = None
+    return list(found)
+
+
+def outputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Nodes of a run that are used outside of it, in graph order."""
+    inside = set(nodes)
+    return [n for n in nodes if any(user not in inside for user in n.users)]
+
+
+def frame_of(gm: fx.GraphModule) -> fx.Node:
+    """The placeholder of the frame: the first of every graph that holds frame operations."""
+    first = next(iter(gm.graph.nodes))
+    if first.op != "placeholder" or first.target != "frame":
+        raise LookupError("the graph has no `frame` placeholder")
+    return first
+
+
+def copy_into(
+    graph: fx.Graph, nodes: Iterable[fx.Node], mapping: dict[fx.Node, fx.Node]
+) -> set[str]:
+    """Copy nodes to another graph; returns the attributes that the copies name."""
+    attributes: set[str] = set()
+
+    def convert(node: fx.Node) -> fx.Node:
+        if node not in mapping and node.op == "get_attr":
+            mapping[node] = graph.node_copy(node)
+            attributes.add(str(node.target))
+        return mapping[node]
+
+    for node in nodes:
+        for used in node.all_input_nodes:
+            convert(used)
+        if node.op in ("get_attr", "call_module"):
+            attributes.add(str(node.target))
+        if node not in mapping:
+            mapping[node] = graph.node_copy(node, convert)
+    return attributes
+
+
+def module_of(owner: nn.Module, graph: fx.Graph, attributes: Iterable[str]) -> fx.GraphModule:
+    """A GraphModule with the named attributes of `owner`, shared, not copied."""
+    root = {name: getattr(owner, name) for name in sorted(attributes)}
+    gm = fx.GraphModule(root, graph)
+    gm.meta = {}
+    return gm
+
+
+def build_arm(
+    owner: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    build: BuildArm,
+) -> fx.GraphModule:
+    """An arm ``(frame, *operands) -> tuple``: copies of `nodes`, then what `build` adds."""
+    graph = fx.Graph()
+    frame = graph.placeholder("frame")
+    mapping = {frame_of(owner): frame}
+    for operand in operands:
+        inner = graph.placeholder(operand.name)
+        inner.meta = dict(operand.meta)
+        mapping[operand] = inner
+    attributes = copy_into(graph, nodes, mapping)
+    outputs = build(graph, frame, mapping)
+    graph.output(tuple(outputs))
+    # `build` may have added guards of its own: their arms hang on the frame node's meta
+    arms = frame.meta.pop("arms", {})
+    root = {name: getattr(owner, name) for name in sorted(attributes)} | arms
+    gm = fx.GraphModule(root, graph)
+    gm.meta = {}
+    return gm
+
+
+def attach(gm: fx.GraphModule, module: nn.Module, hint: str) -> str:
+    """Give a sub-module a free attribute name that starts with `hint`."""
+    name, count = hint, 0
+    while hasattr(gm, name):
+        count += 1
+        name = f"{hint}_{count}"
+    gm.add_submodule(name, module)
+    return name
+
+
+def insert_conditional(
+    gm: fx.GraphModule,
+    site: str,
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    *,
+    extend: BuildArm,
+    reuse: BuildArm,
+    extra_operands: Sequence[fx.Node] = (),
+) -> fx.Node:
+    """Replace a run of nodes by a conditional whose compute arm holds them.
+
+    Args:
+        gm: the owning graph, edited in place.
+        site: the site that the decision is asked for.
+        nodes: the run; all that it uses is defined before its first node, or moves along.
+        outputs: the nodes of the run that are used outside of it.
+        extend: adds to the compute arm (guards that write caches); its result is dropped.
+        reuse: builds the reuse arm and returns one node for each output.
+        extra_operands: nodes that only the arms' additions use.
+    """
+    frame = frame_of(gm)
+    operands = [n for n in inputs_of(nodes) if n is not frame]
+    operands += [n for n in extra_operands if n not in operands and n not in set(nodes)]
+
+    def finish(graph: fx.Graph, inner: fx.Node, mapping: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+        extend(graph, inner, mapping)
+        return [mapping[o] for o in outputs]
+
+    compute_arm = build_arm(gm, operands, nodes, finish)
+    reuse_arm = build_arm(gm, operands, (), reuse)
+    graph = gm.graph
+    with graph.inserting_after(nodes[-1]):
+        compute = graph.get_attr(attach(gm, compute_arm, f"compute_{site}"))
+    with graph.inserting_after(compute):
+        taken = graph.get_attr(attach(gm, reuse_arm, f"reuse_{site}"))
+    with graph.inserting_after(taken):
+        cond = graph.call_function(
+            ops.conditional, (frame, site, compute, taken, tuple(operands))
+        )
+    cond.meta["example_value"] = tuple(o.meta.get("example_value") for o in outputs)
+    if outputs and "place" in outputs[0].meta:
+        cond.meta["place"] = outputs[0].meta["place"]
+    replace_outputs(graph, cond, outputs)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    for attribute in graph.find_nodes(op="get_attr"):
+        if not attribute.users:  # of a conditional that moved into an arm
+            graph.erase_node(attribute)
+    return cond
+
+
+def call_nodes(gm: fx.GraphModule, site: str) -> list[fx.Node]:
+    """All nodes of a call that follow `decide` and the writes that belong to it."""
+    nodes = list(gm.graph.nodes)
+    decide = next(i for i, n in enumerate(nodes) if n.target is ops.decide)
+    for node in nodes[:decide]:
+        if node.op in ("call_module", "call_method") or (
+            node.op == "call_function" and not is_frame_op(node)
+        ):
+            raise PolicyError(
+                f"site {site!r} is the whole call, but the policy decides only after "
+                f"{node.name} has run: use signals of the latent or of earlier calls"
+            )
+    body = nodes[decide + 1 : -1]
+    while body and (body[0].target is ops.guard or body[0].op == "get_attr"):
+        body = body[1:]
+    return body
+
+
+def replace_outputs(graph: fx.Graph, call: fx.Node, outputs: Sequence[fx.Node]) -> None:
+    """Let everybody who used `outputs` use the items of the tuple that `call` returns."""
+    at = call
+    for i, output in enumerate(outputs):
+        with graph.inserting_after(at):
+            item = graph.call_function(operator.getitem, (call, i))
+        item.meta = {k: v for k, v in output.meta.items() if k in ("example_value", "place")}
+        output.replace_all_uses_with(item)
+        at = item
+
+
+def add_guard(
+    graph: fx.Graph,
+    frame: fx.Node,
+    when: ops.When,
+    operands: Sequence[fx.Node],
+    build: BuildArm,
+    *,
+    owner: fx.GraphModule | None = None,
+) -> fx.Node:
+    """Append a guard whose arm is filled by `build`, at the graph's insertion point.
+
+    Inside `build` callbacks the graph has no module yet: leave `owner` out there.
+    """
+    inner_graph = fx.Graph()
+    inner_frame = inner_graph.placeholder("frame")
+    mapping: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        inner = inner_graph.placeholder(operand.name)
+        inner.meta = dict(operand.meta)
+        mapping[operand] = inner
+    build(inner_graph, inner_frame, mapping)
+    inner_graph.output(())
+    arm = fx.GraphModule(nn.Module(), inner_graph)
+    arm.meta = {}
+    if owner is not None:
+        name = attach(owner, arm, f"guard_{when.name.lower()}")
+    else:
+        arms: dict[str, nn.Module] = frame.meta.setdefault("arms", {})
+        name = f"guard_{when.name.lower()}_{len(arms)}"
+        arms[name] = arm
+    attribute = graph.get_attr(name)
+    with graph.inserting_after(attribute):
+        return graph.call_function(ops.guard, (frame, when, attribute, tuple(operands)))
+
+
+def nested(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The arms that a graph's conditionals and guards name, in order."""
+    return [
+        getattr(gm, str(n.target))
+        for n in gm.graph.nodes
+        if n.op == "get_attr" and isinstance(getattr(gm, str(n.target), None), fx.GraphModule)
+    ]
+
+
+def walk(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
+    """A graph and all arms below it, outermost first."""
+    yield gm
+    for arm in nested(gm):
+        yield from walk(arm)

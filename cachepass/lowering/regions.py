@@ -1,0 +1,181 @@
+"""lowering="regions": Inductor for each distinct region, FX's own code for the rest.
+
+The graph is lowered for one signature of inputs at a time, outside of dynamo's tracing
+context. Compiling inside of it would add guards to a shape environment that dynamo has
+finished with and nobody would check them; with concrete shapes there are none to add.
+Both arms of every conditional are lowered, so nothing compiles after the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensorMode
+
+from cachepass.ir import ops
+from cachepass.ir.boundary import Slot
+
+Compiled = Callable[..., Any]
+Signature = tuple[Any, ...]
+
+
+class RegionCompiler:
+    """Compiles regions with Inductor, each once per signature of its inputs."""
+
+    def __init__(self, mode: str | None = None) -> None:
+        self._patches = (
+            {} if mode in (None, "default") else dict(torch._inductor.list_mode_options(mode))
+        )
+        self._compiled: dict[tuple[int, Signature], Compiled] = {}
+        self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
+        self.count = 0
+        self.seconds = 0.0
+
+    def __call__(self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+        """The compiled region for fake or plain `inputs`."""
+        key = (id(region), signature_of(inputs))
+        if key not in self._compiled:
+            started = time.perf_counter()
+            with _outside_of_dynamo(mode):
+                compiled = compile_fx(
+                    _fresh(region), list(inputs), config_patches=self._patches or None
+                )
+            self._compiled[key] = _call_with_list(compiled)
+            self._regions.append(region)
+            self.count += 1
+            self.seconds += time.perf_counter() - started
+        return self._compiled[key]
+
+
+def lower(
+    gm: fx.GraphModule, slots: dict[str, Slot], args: Sequence[Any], compiler: RegionCompiler
+) -> Callable[..., Any]:
+    """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
+    mode = FakeTensorMode()
+    with mode, torch.no_grad():
+        fakes = [
+            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args
+        ]
+    lowering = _Lowering(slots, compiler, mode)
+    lowered, _ = lowering.lower(gm, [None, *fakes])
+    return lowered.forward
+
+
+class _Lowering:
+    """Runs a graph on fakes to learn what every region is called with, arms included."""
+
+    def __init__(self, slots: dict[str, Slot], compiler: RegionCompiler, mode: FakeTensorMode) -> None:
+        self._slots, self._compiler, self._mode = slots, compiler, mode
+        self._kept: dict[str, Tensor] = {}
+        self._results: dict[tuple[int, Signature], Any] = {}
+
+    def lower(self, gm: fx.GraphModule, args: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
+        graph = fx.Graph()
+        values: dict[fx.Node, Any] = {}
+        copies: dict[fx.Node, fx.Node] = {}
+        arms: dict[str, fx.GraphModule] = {}
+        given = iter(args)
+        result: Any = None
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+                copies[node] = graph.node_copy(node)
+                continue
+            inputs = fx.map_arg(node.args, values.get)
+            if node.op == "output":
+                result = inputs[0]
+                graph.output(fx.map_arg(node.args[0], copies.__getitem__))
+            elif node.op == "get_attr":
+                values[node] = str(node.target)
+                copies[node] = graph.node_copy(node)
+            elif node.op == "call_module":
+                region = getattr(gm, str(node.target))
+                compiled = self._compiler(region, inputs, self._mode)
+                values[node] = self._run(region, inputs)
+                taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
+                copies[node] = graph.call_function(_named(compiled, str(node.target)), taken)
+            else:
+                values[node] = self._interpret(gm, node, inputs, arms)
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        lowered = fx.GraphModule(dict(arms), graph)
+        return lowered, result
+
+    def _interpret(
+        self, gm: fx.GraphModule, node: fx.Node, inputs: Any, arms: dict[str, fx.GraphModule]
+    ) -> Any:
+        if node.target is ops.conditional:
+            _, _, compute, reuse, operands = inputs
+            arms[compute], result = self.lower(getattr(gm, compute), [None, *operands])
+            arms[reuse], _ = self.lower(getattr(gm, reuse), [None, *operands])
+            return result
+        if node.target is ops.guard:
+            _, _, arm, operands = inputs
+            arms[arm], _ = self.lower(getattr(gm, arm), [None, *operands])
+        elif node.target is ops.cache_write:
+            self._kept[inputs[1]] = inputs[2]
+        elif node.target is ops.cache_read:
+            if len(inputs) < 3:
+                return self._kept[inputs[1]]
+            with self._mode:
+                return torch.empty_like(inputs[2], dtype=self._slots[inputs[1]].dtype)
+        elif node.op == "call_function" and node.target not in ops.FRAME_OPS:
+            assert callable(node.target)
+            return node.target(*inputs)  # an item of a tuple
+        return None
+
+    def _run(self, region: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        """A region's results on fakes, computed once per signature."""
+        key = (id(region), signature_of(inputs))
+        if key not in self._results:
+            with self._mode, torch.no_grad():
+                self._results[key] = region(*inputs)
+        return self._results[key]
+
+
+def signature_of(inputs: Sequence[Any]) -> Signature:
+    """What a compiled region depends on: shapes, strides, dtypes, devices, plain values."""
+    return tuple(
+        (i.shape, i.stride(), i.dtype, i.device) if isinstance(i, Tensor) else i for i in inputs
+    )
+
+
+def _fresh(region: fx.GraphModule) -> fx.GraphModule:
+    """A copy for Inductor to own, without the capture's fakes and stack traces."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in region.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+    return fx.GraphModule(region, graph)
+
+
+@contextlib.contextmanager
+def _outside_of_dynamo(mode: FakeTensorMode) -> Iterator[None]:
+    with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad():
+        yield
+
+
+def _call_with_list(compiled: Any) -> Compiled:
+    """Inductor's functions take one list, which they empty."""
+    if not getattr(compiled, "_boxed_call", False):
+        return compiled  # type: ignore[no-any-return]
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        return compiled(list(args))
+
+    return call
+
+
+def _named(compiled: Compiled, name: str) -> Compiled:
+    """FX prints calls by name: give the generated driver readable ones."""
+    compiled.__name__ = compiled.__qualname__ = name
+    compiled.__module__ = "cachepass.compiled"
+    return compiled

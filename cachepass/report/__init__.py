@@ -1,0 +1,111 @@
+"""What a compiled model found, decided, reused and compiled."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from cachepass.lowering.regions import RegionCompiler
+from cachepass.runtime.denoiser import Denoiser
+from cachepass.runtime.session import CallRecord, Session
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """`str` for people, `to_dict` for programs; both say the same."""
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers."""
+        return self.data
+
+    def __str__(self) -> str:
+        lines = [f"policy {self.data['policy']}"]
+        for name, blocks in self.data["stacks"].items():
+            lines.append(f"stack {name}: {blocks} blocks")
+        for kind, count in self.data["sublayers"].items():
+            lines.append(f"sublayers {kind}: {count}")
+        for site in self.data["sites"]:
+            lines.append(f"site {site['name']}: skips {site['blocks']} of {self.data['blocks']} blocks")
+        for note in self.data["notes"]:
+            lines.append(f"note: {note}")
+        for i, request in enumerate(self.data["requests"]):
+            calls = ", ".join(f"{name} {count}" for name, count in request["calls"].items())
+            share = request["blocks_skipped"]
+            lines.append(
+                f"request {i}: {request['num_inference_steps'] or 'unknown'} steps, {calls}; "
+                f"{share:.1%} of block work skipped, {request['cache_bytes'] / 2**20:.1f} MiB held"
+            )
+            lines += [f"  note: {note}" for note in request["notes"]]
+        compiles = self.data["compiles"]
+        lines.append(
+            f"compiled {compiles['graphs']} graphs, {compiles['regions']} regions in "
+            f"{compiles['seconds']:.1f} s"
+        )
+        return "\n".join(lines)
+
+
+def report_of(
+    denoiser: Denoiser, compiler: RegionCompiler | None, *, only: Session | None = None
+) -> Report:
+    """The report of a denoiser, or of one of its sessions."""
+    layout = denoiser.programs[-1].layout if denoiser.programs else None
+    kinds = collections.Counter(s.kind.value for s in layout.sublayers) if layout else {}
+    sessions = [only] if only is not None else denoiser.requests
+    notes = [f"{what}: {why}" for what, why in (layout.missing if layout else {}).items()]
+    if not denoiser.programs:
+        notes.append("nothing was captured yet: the first call does that")
+    return Report(
+        {
+            "policy": repr(denoiser.policy),
+            "stacks": dict(layout.stacks) if layout else {},
+            "blocks": layout.blocks if layout else 0,
+            "sublayers": dict(kinds),
+            "sites": [
+                {"name": name, "blocks": len(blocks)} for name, blocks in layout.coverage.items()
+            ]
+            if layout
+            else [],
+            "slots": [s.name for s in layout.slots.values()] if layout else [],
+            "notes": notes,
+            "requests": [_request(s) for s in sessions if s.records or s is only],
+            "compiles": {
+                "graphs": len(denoiser.programs),
+                "regions": compiler.count if compiler else 0,
+                "seconds": compiler.seconds if compiler else 0.0,
+            },
+        }
+    )
+
+
+def _request(session: Session) -> dict[str, Any]:
+    blocks = sum(r.blocks for r in session.records)
+    computed = sum(r.blocks_computed for r in session.records)
+    notes = list(session.notes)
+    if session.records and not any(any(r.reused) for r in session.records):
+        notes.append("nothing was reused")
+    return {
+        "num_inference_steps": session.num_steps,
+        "calls": dict(collections.Counter(_label(r) for r in session.records)),
+        "blocks_computed": computed,
+        "blocks": blocks,
+        "blocks_skipped": 1 - computed / blocks if blocks else 0.0,
+        "cache_bytes": session.cache_bytes,
+        "steps": [
+            {
+                "step": r.step,
+                "branch": r.branch,
+                "reused": [sorted(names) for names in r.reused],
+            }
+            for r in session.records
+        ],
+        "notes": notes,
+    }
+
+
+def _label(record: CallRecord) -> str:
+    """What a call reused; `mixed` where its rows differ."""
+    kinds = {"+".join(sorted(names)) or "compute" for names in record.reused}
+    return kinds.pop() if len(kinds) == 1 else "mixed"

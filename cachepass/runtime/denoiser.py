@@ -1,0 +1,194 @@
+"""One compiled model: its programs, its requests, and where each call belongs."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cachepass.ir.boundary import Layout, layout_of
+from cachepass.runtime.frame import Frame
+from cachepass.runtime.policy import Policy
+from cachepass.runtime.session import ENTERED, Location, Session
+
+Driver = Callable[..., Any]
+Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hint:
+    """What diffusers' `cache_context` says of a call."""
+
+    branch: str
+    step: int | None = None
+    num_steps: int | None = None
+
+
+HINT: contextvars.ContextVar[Hint | None] = contextvars.ContextVar("cachepass_hint", default=None)
+
+_KEEP_REQUESTS = 16
+
+
+class Denoiser:
+    """Finds the session, step and branch of each call. One per `cachepass.compile`.
+
+    First that applies: an entered session; the scheduler of a compiled pipeline (it calls
+    `begin_request` and `end_step`); the fields of `cache_context`; the calls themselves.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.programs: list[Program] = []
+        self.requests: list[Session] = []
+        self.lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._request: Session | None = None
+        self._request_step: int | None = None
+
+    # -------------------------------------------------------------------- requests
+
+    def new_session(self, num_steps: int | None) -> Session:
+        """A session of this model; the latest few stay in the report."""
+        session = Session(self, num_steps)
+        with self.lock:
+            self._sessions.add(session)
+            self.requests = [*self.requests[1 - _KEEP_REQUESTS :], session]
+        return session
+
+    def begin_request(self, num_steps: int) -> None:
+        """A scheduler was set to this many steps: what follows is a new request."""
+        if self._request is not None:
+            self._request.drop()
+        self._request, self._request_step = self.new_session(num_steps), 0
+
+    def end_step(self) -> None:
+        """The scheduler made a step; after the last one the slots are freed."""
+        if self._request is None or self._request_step is None:
+            return
+        self._request_step += 1
+        if self._request_step == self._request.num_steps:
+            self._request.drop()
+
+    def reset(self) -> None:
+        """Drop the slots and state of all sessions."""
+        for session in list(self._sessions):
+            session.drop()
+        self._request, self._request_step = None, None
+
+    def _locate(self, time: Tensor | None, conditioning: tuple[int, ...]) -> tuple[Session, int, str]:
+        entered = next(
+            (e for e in reversed(ENTERED.get()) if e.session.owner is self), None
+        )
+        hint = HINT.get()
+        if entered is not None:
+            session, step, branch = entered.session, entered.step, entered.branch
+        else:
+            session, step, branch = self._request, self._request_step, None
+        if hint is not None:
+            branch = branch or hint.branch
+            if step is None:
+                step = hint.step
+            if session is None or (
+                entered is None and self._request_step is None and step is not None
+                and (step < session.step or hint.num_steps != session.num_steps)
+            ):  # fmt: skip
+                session = self._request = self.new_session(hint.num_steps)
+        if session is None:
+            session = self._request = self.new_session(None)
+        if step is None or branch is None:
+            moment = float(time.flatten()[0]) if time is not None else 0.0
+            told, guess, restarted = session.clock.tick(moment, conditioning)
+            if restarted and entered is None and self._request_step is None:
+                clock = session.clock
+                session = self._request = self.new_session(None)
+                session.clock = clock
+                session.note("a request was taken to start where the timestep turned back")
+            step = told if step is None else step
+            branch = branch or guess
+        return session, step, branch
+
+    def open(self, program: Program, args: Sequence[Any]) -> Frame:
+        """The frame of a call that is about to run."""
+        layout = program.layout
+        latent = args[program.latent]
+        time = args[program.timestep] if program.timestep is not None else None
+        conditioning = tuple(args[i].data_ptr() for i in program.conditioning)
+        with self.lock:
+            session, step, branch = self._locate(time, conditioning)
+            signature = (
+                id(program), latent.shape, latent.dtype, latent.device, program.weights(args),
+            )  # fmt: skip
+            first = session.begin(step, branch, signature)
+        return Frame(
+            session,
+            self.policy,
+            layout,
+            step=step,
+            branch=branch,
+            rows=latent.shape[0],
+            first_call=first,
+        )
+
+
+class Program:
+    """A rewritten graph and its drivers, one for each signature of inputs."""
+
+    def __init__(self, denoiser: Denoiser, gm: fx.GraphModule, lower: Lower) -> None:
+        self.denoiser, self.gm, self.layout = denoiser, gm, layout_of(gm)
+        self._lower = lower
+        self._drivers: dict[tuple[Any, ...], Driver] = {}
+        places = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
+        index = {n: i for i, n in enumerate(places)}
+        layout: Layout = self.layout
+        assert layout.latent is not None
+        self.latent = index[layout.latent]
+        self.timestep = index[layout.timestep] if layout.timestep is not None else None
+        self.conditioning = [
+            index[n] for n in layout.inputs.values() if n not in (layout.latent, layout.timestep)
+        ]
+        self._arguments = [i for i, n in enumerate(places) if not n.meta.get("weight")]
+        self._weights = [i for i, n in enumerate(places) if n.meta.get("weight")]
+
+    def weights(self, args: Sequence[Any]) -> tuple[int, int]:
+        """Changes when a weight is written to or replaced."""
+        weights = [args[i] for i in self._weights]
+        if torch.is_inference_mode_enabled() or any(w.is_inference() for w in weights[:1]):
+            return (0, hash(tuple([w.data_ptr() for w in weights])))
+        return (
+            sum([w._version for w in weights]),
+            hash(tuple([w.data_ptr() for w in weights])),
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """One denoising call; an exception drops the session's slots."""
+        frame = self.denoiser.open(self, args)
+        try:
+            result = self._driver(args)(frame, *args)
+        except BaseException:
+            frame.session.drop()
+            raise
+        frame.session.records.append(frame.record())
+        return result
+
+    def _driver(self, args: Sequence[Any]) -> Driver:
+        arguments = [args[i] for i in self._arguments]
+        key = tuple(
+            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a
+            for a in arguments
+        )
+        driver = self._drivers.get(key)
+        if driver is None:
+            with self.denoiser.lock:
+                driver = self._drivers.get(key)
+                if driver is None:
+                    driver = self._drivers[key] = self._lower(self.gm, args)
+        return driver
+
+
+__all__ = ["HINT", "Denoiser", "Hint", "Location", "Program"]

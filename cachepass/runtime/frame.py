@@ -1,0 +1,205 @@
+"""The state of one running call: what `ir.ops` asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachepass.errors import PolicyError, SessionError
+from cachepass.ir.boundary import Cfg, Layout
+from cachepass.ir.ops import Arm, When
+from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
+from cachepass.runtime.session import CallRecord, Kept, Observation, Session
+
+
+class Frame:
+    """Made for each call, handed to the rewritten graph as its first argument."""
+
+    def __init__(
+        self,
+        session: Session,
+        policy: Policy,
+        layout: Layout,
+        *,
+        step: int,
+        branch: str,
+        rows: int,
+        first_call: bool,
+    ) -> None:
+        self.session, self.policy, self.layout = session, policy, layout
+        self.step, self.branch, self.rows = step, branch, rows
+        self.first_call = first_call
+        self.reused: list[frozenset[str]] = [COMPUTE] * rows
+        self.full = [True] * rows
+        self._active = [True] * rows
+        self._writing = [True] * rows
+
+    # ------------------------------------------------------------------------ slots
+
+    def _key(self, slot: str) -> tuple[str | None, str]:
+        return (None if self.layout.slots[slot].across_branches else self.branch, slot)
+
+    def read(self, slot: str, like: Tensor | None) -> Tensor:
+        """See `ir.ops.cache_read`."""
+        kept = self.session.slots.get(self._key(slot))
+        if kept is not None and (like is None or kept.value.shape == like.shape):
+            return kept.value
+        if like is None:
+            raise SessionError(f"slot {slot!r} is cold and was read for reuse")
+        return torch.full_like(like, torch.nan, dtype=self.layout.slots[slot].dtype)
+
+    def write(self, slot: str, value: Tensor) -> None:
+        """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
+        key, rows = self._key(slot), tuple(self._writing)
+        if not all(rows):
+            old = self.session.slots.get(key)
+            if old is not None:
+                if old.value.dtype != value.dtype or old.value.shape != value.shape:
+                    raise SessionError(
+                        f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is given "
+                        f"{value.dtype} {tuple(value.shape)}: one request has one dtype and shape"
+                    )
+                value = torch.where(_mask(rows, value), value, old.value)
+                rows = tuple(a or b for a, b in zip(rows, old.rows, strict=True))
+        self.session.slots[key] = Kept(value, self.step, rows)
+
+    # ---------------------------------------------------------------------- signals
+
+    def observe(self, signal: str, sums: Tensor) -> None:
+        """See `ir.ops.observe`."""
+        key = (self.branch, signal)
+        before = self.session.signals.get(key)
+        gap = self.step - before.step if before is not None else 1
+        self.session.signals[key] = Observation(sums, self.step, max(gap, 1))
+
+    def _measures(self, row: int) -> dict[str, Measure]:
+        """Signals of this row; those of all branches together where they decide together."""
+        found: dict[str, Measure] = {}
+        for (branch, name), observation in self.session.signals.items():
+            if branch != self.branch and not self.policy.shared_by_branches:
+                continue
+            measure = observation.row(row)
+            other = found.get(name)
+            if other is None or other.step < measure.step:
+                found[name] = measure
+            elif other.step == measure.step:
+                motions = [m for m in (other.motion, measure.motion) if m is not None]
+                found[name] = dataclasses.replace(
+                    measure,
+                    diff=measure.diff + other.diff,
+                    ref=measure.ref + other.ref,
+                    motion=sum(motions) / len(motions) if motions else None,
+                )
+        return found
+
+    # -------------------------------------------------------------------- decisions
+
+    def decide(self) -> None:
+        """See `ir.ops.decide`."""
+        session, policy = self.session, self.policy
+        if policy.needs_num_steps and session.num_steps is None:
+            raise PolicyError(
+                f"policy {policy.name!r} needs the number of steps of the request, which nothing "
+                "here tells: call the model inside cachepass.session(model, "
+                "num_inference_steps=N), or compile the whole diffusers pipeline"
+            )
+        shared = session.shared_choice
+        if policy.shared_by_branches and shared is not None and shared[0] == self.step:
+            choices = shared[1]
+        else:
+            choices = [self._choose(row) for row in range(self.rows)]
+            session.shared_choice = (self.step, choices)
+        sites = {site.name: site for site in policy.sites()}
+        for row, choice in enumerate(choices):
+            taken, not_here = set(), set()
+            for name in choice:
+                site = sites[name]
+                if session.is_warm(site, self.layout, self.branch, row):
+                    taken.add(name)
+                elif isinstance(site, Cfg) and self.branch != "uncond":
+                    not_here.add(name)
+            self.reused[row] = frozenset(taken)
+            self.full[row] = not (taken or not_here)
+
+    def _choose(self, row: int) -> frozenset[str]:
+        session, policy = self.session, self.policy
+        shared = policy.shared_by_branches
+        warm = frozenset(
+            site.name
+            for site in policy.sites()
+            if (
+                session.could_reuse(site, self.layout, row)
+                if shared
+                else session.is_warm(site, self.layout, self.branch, row)
+            )
+        )
+        facts = Facts(self.step, session.num_steps, self.branch, warm, self._measures(row))
+        key = (None if shared else self.branch, row)
+        choice, session.states[key] = policy.decide(facts, session.states.get(key))
+        return choice
+
+    # ----------------------------------------------------------------- control flow
+
+    def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any:
+        """See `ir.ops.conditional`."""
+        wants = [site in self.reused[r] for r in range(self.rows) if self._active[r]]
+        if not any(wants):
+            return compute(self, *operands)
+        if all(wants):
+            return reuse(self, *operands)
+        outer = self._active
+        self._active = [a and site not in self.reused[r] for r, a in enumerate(outer)]
+        computed = compute(self, *operands)
+        self._active = outer
+        kept = reuse(self, *operands)
+        rows = [site in names for names in self.reused]
+        return tuple(
+            torch.where(_mask(rows, new), old, new) for new, old in zip(computed, kept, strict=True)
+        )
+
+    def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None:
+        """See `ir.ops.guard`."""
+        if when is When.FIRST_CALL:
+            runs = self.first_call
+        elif when is When.COND:
+            runs = self.branch == "cond"
+        else:
+            runs = any(self.full)
+            if when is When.UNCOND_FULL:
+                runs = runs and self.branch == "uncond" and "cond" in self.session.branches_in_step
+        if not runs:
+            return
+        if when in (When.FULL, When.UNCOND_FULL):
+            self._writing = self.full
+        arm(self, *operands)
+        self._writing = [True] * self.rows
+
+    # ----------------------------------------------------------------------- report
+
+    def record(self) -> CallRecord:
+        """What this call did."""
+        blocks = self.layout.blocks
+        # Blocks run for the whole batch: a block is saved when no row needed it.
+        common = frozenset.intersection(
+            *(
+                frozenset().union(*(self.layout.coverage[name] for name in names))
+                for names in self.reused
+            )
+        )
+        return CallRecord(
+            self.step, self.branch, tuple(self.reused), blocks - len(common), blocks
+        )
+
+
+def _mask(rows: Any, value: Tensor) -> Tensor:
+    """A per-row condition that broadcasts against a value with rows in front."""
+    mask = torch.tensor(rows, dtype=torch.bool, device=value.device)
+    if value.ndim == 0 or value.shape[0] != len(mask):
+        raise SessionError(
+            f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
+            f"dimension of {len(mask)} rows in front to select along"
+        )
+    return mask.view(-1, *(1,) * (value.ndim - 1))

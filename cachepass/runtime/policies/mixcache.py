@@ -1,0 +1,146 @@
+"""MixCache: step, cfg and block caching in one graph, chosen anew at each cached step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from cachepass.ir.boundary import Blocks, CacheChange, Cfg, LatentChange, Signal, Site
+from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
+from cachepass.runtime.triggers import adapt_interval
+
+_GRANULARITIES = ("step", "cfg", "block")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MixCacheState:
+    """Of one row: whether caching is on, the run it is in, what it chose last."""
+
+    enabled: bool = False
+    distance: float = math.nan
+    full: int = 0
+    interval: int = 3
+    chosen: str | None = None
+    judged: int = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixCache(Policy):
+    """One full step, then up to interval - 1 cached ones, each at the granularity that costs least.
+
+    Granularities: `step` (all blocks of both branches), `cfg` (the unconditional call) and
+    `block` (the middle half of the blocks). MixCache (arXiv 2508.12691); the paper is known
+    to us second-hand, and what is marked [ours] is a reconstruction.
+
+    - Trigger: ``d = tanh(rel(x, x of the step before))`` of the latent; caching starts once
+      ``|d - d before| < trigger`` after the warm-up, and at `latest_start` in any case [ours].
+    - Choice: the smallest ``P = D * I``, D the change of the cached object per step between
+      the last two full steps, I its influence; a factor `repeat_penalty` on the one
+      chosen last, against choosing it twice in a row [2nd].
+    - Interval: at a full step q = change of the object chosen last; ``q > shorten``
+      shortens it, ``q < lengthen`` lengthens it [2nd].
+    - All caches are refreshed together at full steps; a cached step writes none. The last
+      step is full.
+
+    Without separate guidance calls the choice is between step and block.
+    """
+
+    name: ClassVar[str] = "mixcache"
+    needs_num_steps: ClassVar[bool] = True
+    shared_by_branches: ClassVar[bool] = True
+
+    interval: tuple[int, int] = (2, 5)
+    """Shortest and longest interval, in steps [ours]."""
+
+    start_interval: int = 3
+    """The first one [ours]."""
+
+    trigger: float = 0.01
+    """Change of the latent's distance below which caching starts [2nd]."""
+
+    warmup: float = 0.1
+    """Share of the steps that are computed in any case; at least 5 steps [ours]."""
+
+    latest_start: float = 0.3
+    """Share of the steps after which caching starts whatever the trigger says [ours]."""
+
+    shorten: float = 0.15
+    """Deviation above which the interval shrinks (delta 2) [ours]."""
+
+    lengthen: float = 0.05
+    """Deviation below which the interval grows (delta 1) [ours]."""
+
+    influence: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """I of (step, cfg, block), by calibration; equal where a model was not calibrated."""
+
+    repeat_penalty: float = 5.0
+    """Factor on the granularity chosen last [2nd]."""
+
+    blocks: tuple[int | float, int | float] = (0.25, 0.75)
+    """The blocks of granularity `block`: the middle half [ours]."""
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        check(1 < low <= high, self, "interval", "(shortest, longest), the shortest at least 2")
+        check(low <= self.start_interval <= high, self, "start_interval", "within `interval`")
+        check(self.trigger >= 0, self, "trigger", "at least 0")
+        check(0 <= self.warmup <= 1, self, "warmup", "a share from 0 to 1")
+        check(0 <= self.latest_start <= 1, self, "latest_start", "a share from 0 to 1")
+        check(0 <= self.lengthen <= self.shorten, self, "lengthen", "from 0 to `shorten`")
+        ok = len(self.influence) == 3 and min(self.influence) >= 0
+        check(ok, self, "influence", "three numbers of at least 0")
+        check(self.repeat_penalty >= 1, self, "repeat_penalty", "at least 1")
+
+    def sites(self) -> tuple[Site, ...]:
+        """The three granularities."""
+        return (
+            Blocks(name="step"),
+            Cfg(name="cfg"),
+            Blocks(name="block", start=self.blocks[0], stop=self.blocks[1]),
+        )
+
+    def signals(self) -> tuple[Signal, ...]:
+        """The latent, and each cached object."""
+        return (
+            LatentChange(name="latent"),
+            *(CacheChange(name=g, site=g) for g in _GRANULARITIES),
+        )
+
+    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
+        """See the class."""
+        row: MixCacheState = state or MixCacheState(interval=self.start_interval)
+        assert facts.num_steps is not None
+        distance = math.tanh(facts.signal("latent").rel)
+        settled = abs(distance - row.distance) < self.trigger
+        row = dataclasses.replace(row, distance=distance)
+        warm_up = max(5, math.ceil(self.warmup * facts.num_steps))
+        late = facts.step >= self.latest_start * facts.num_steps
+        if facts.step >= warm_up and (settled or late):
+            row = dataclasses.replace(row, enabled=True)
+        row = self._judge(row, facts)
+        choices = [g for g in _GRANULARITIES if g in facts.warm]
+        due = facts.step >= row.full + row.interval
+        if not row.enabled or due or facts.is_last or not choices:
+            return COMPUTE, dataclasses.replace(row, full=facts.step)
+        chosen = min(choices, key=lambda g: self._cost(g, row, facts))
+        return frozenset({chosen}), dataclasses.replace(row, chosen=chosen)
+
+    def _judge(self, row: MixCacheState, facts: Facts) -> MixCacheState:
+        """Adapt the interval once after each full step that ended a cached run."""
+        if row.chosen is None or row.judged >= row.full:
+            return row
+        measure = facts.signal(row.chosen)
+        if measure.step != row.full:
+            return row
+        interval = adapt_interval(
+            row.interval, measure.rel, low=self.lengthen, high=self.shorten, bounds=self.interval
+        )
+        return dataclasses.replace(row, interval=interval, judged=row.full)
+
+    def _cost(self, granularity: str, row: MixCacheState, facts: Facts) -> float:
+        measure = facts.signal(granularity)
+        change = measure.rel / measure.gap
+        weight = self.influence[_GRANULARITIES.index(granularity)]
+        penalty = self.repeat_penalty if granularity == row.chosen else 1.0
+        return math.inf if math.isnan(change) else change * weight * penalty

@@ -1,0 +1,245 @@
+"""One request: its slots, the state of its rows, its history."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from cachepass.errors import SessionError
+from cachepass.ir.boundary import Cfg, Layout, Site
+from cachepass.runtime.policy import Measure
+
+
+@dataclasses.dataclass(slots=True)
+class Kept:
+    """The content of a slot."""
+
+    value: Tensor
+    step: int
+    rows: tuple[bool, ...]
+    """Rows whose value is good."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallRecord:
+    """What happened in one call, for the report."""
+
+    step: int
+    branch: str
+    reused: tuple[frozenset[str], ...]
+    """Per row, the sites that were reused."""
+
+    blocks_computed: float
+    blocks: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Location:
+    """An explicit answer to: which session, step and branch?"""
+
+    session: Session
+    step: int | None = None
+    branch: str | None = None
+
+
+ENTERED: contextvars.ContextVar[tuple[Location, ...]] = contextvars.ContextVar(
+    "cachepass_entered", default=()
+)
+
+
+class Session:
+    """The state of one request on one model. Made by `cachepass.session`.
+
+    Enter it around calls (it may be left and entered again); `at` names step and branch.
+    """
+
+    def __init__(self, owner: object, num_inference_steps: int | None = None) -> None:
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise SessionError(
+                f"`num_inference_steps`={num_inference_steps}: must be at least 1"
+            )
+        self.owner = owner
+        self.num_steps = num_inference_steps
+        self.slots: dict[tuple[str | None, str], Kept] = {}
+        self.signals: dict[tuple[str, str], Observation] = {}
+        self.states: dict[tuple[str | None, int], Any] = {}
+        self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
+        self.signature: object = None
+        self.step = -1
+        self.branches_in_step: list[str] = []
+        self.branches: list[str] = []
+        self.records: list[CallRecord] = []
+        self.notes: list[str] = []
+        self.clock = Clock()
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._depth = 0
+
+    # ------------------------------------------------------------------ user's side
+
+    def __enter__(self) -> Session:
+        self._enter(Location(self))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+    @contextlib.contextmanager
+    def at(self, *, step: int, branch: str = "cond") -> Iterator[Session]:
+        """Say which step (from 0) and branch the calls inside belong to."""
+        if step < 0 or (self.num_steps is not None and step >= self.num_steps):
+            rule = "at least 0" if self.num_steps is None else f"from 0 to {self.num_steps - 1}"
+            raise SessionError(f"`step`={step}: must be {rule}")
+        self._enter(Location(self, step, branch))
+        try:
+            yield self
+        finally:
+            self._leave()
+
+    def _enter(self, location: Location) -> None:
+        me = threading.get_ident()
+        with self._lock:
+            if self._depth and self._thread != me:
+                raise SessionError(
+                    "this session is entered in another thread: one session is one request, and "
+                    "its steps follow each other; make one session for each request"
+                )
+            self._thread, self._depth = me, self._depth + 1
+        ENTERED.set((*ENTERED.get(), location))
+
+    def _leave(self) -> None:
+        ENTERED.set(ENTERED.get()[:-1])
+        with self._lock:
+            self._depth -= 1
+
+    # --------------------------------------------------------------- runtime's side
+
+    def begin(self, step: int, branch: str, signature: object) -> bool:
+        """Enter a call; returns whether it is the first of its step."""
+        if self.signature != signature:
+            if self.signature is not None:
+                self.note("shapes, dtype, device or weights changed: caches dropped")
+            self.drop()
+            self.signature = signature
+        if step != self.step:
+            if step < self.step:
+                self.note(f"step {step} follows step {self.step}: caches dropped")
+                self.drop()
+                self.signature = signature
+            self.step, self.branches_in_step = step, []
+        elif branch in self.branches_in_step:
+            self.note(f"branch {branch!r} was called twice in step {step}: caches dropped")
+            self.drop()
+            self.signature, self.step = signature, step
+        first = not self.branches_in_step
+        self.branches_in_step.append(branch)
+        if branch not in self.branches:
+            self.branches.append(branch)
+        return first
+
+    def drop(self) -> None:
+        """Forget all that was cached and decided; the history stays."""
+        self.slots.clear()
+        self.signals.clear()
+        self.states.clear()
+        self.shared_choice = None
+        self.signature = None
+        self.step, self.branches_in_step = -1, []
+
+    def note(self, text: str) -> None:
+        """Remember something the report should say, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
+        """Whether every slot of a site holds a good value for a row of a branch."""
+        names = [s for s in layout.slots.values() if s.site == site.name]
+        for slot in names:
+            kept = self.slots.get((None if slot.across_branches else branch, slot.name))
+            if slot.within_step:
+                fresh = kept is not None and kept.step == self.step
+                if branch == "uncond" and not fresh:
+                    return False
+            elif kept is None or row >= len(kept.rows) or not kept.rows[row]:
+                return False
+        return bool(names) and not (isinstance(site, Cfg) and branch != "uncond")
+
+    def could_reuse(self, site: Site, layout: Layout, row: int) -> bool:
+        """Whether a decision for the whole step may name the site."""
+        if isinstance(site, Cfg):
+            first = not self.branches or self.branches[0] == "cond"
+            return first and any(
+                key[1].endswith(".delta") and s.site == site.name and kept.rows[row]
+                for s in layout.slots.values()
+                for key, kept in self.slots.items()
+                if key[1] == s.name
+            )
+        return all(self.is_warm(site, layout, branch, row) for branch in self.branches)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held by the slots now."""
+        return sum(k.value.numel() * k.value.element_size() for k in self.slots.values())
+
+
+@dataclasses.dataclass(slots=True)
+class Observation:
+    """The last sums of a signal; read to the host only when a rule asks."""
+
+    sums: Tensor | list[list[float]]
+    step: int
+    gap: int
+
+    def row(self, index: int) -> Measure:
+        """The measure of one row; one row of sums serves all where there is no other."""
+        if isinstance(self.sums, Tensor):
+            self.sums = self.sums.tolist()
+        values = self.sums[index if index < len(self.sums) else 0]
+        motion = values[2] / values[3] if len(values) == 4 and values[3] > 0 else None
+        return Measure(values[0], values[1], self.step, self.gap, motion)
+
+
+class Clock:
+    """Steps and branches read off the calls alone, where nothing better is known.
+
+    A timestep that differs from the one before starts a step; one that turns back starts a
+    request. Within a step, calls with other conditioning are other branches; the same
+    conditioning again at the same timestep is a further step (Heun).
+    """
+
+    def __init__(self) -> None:
+        self.step = -1
+        self._time: float | None = None
+        self._direction = 0.0
+        self._seen: list[object] = []
+        self._keys: list[object] = []
+
+    def tick(self, time: float, conditioning: object) -> tuple[int, str, bool]:
+        """(step, branch, whether a new request started) of a call."""
+        restarted = False
+        if self._time is None or time != self._time:
+            move = 0.0 if self._time is None else time - self._time
+            if self._direction and move * self._direction < 0:
+                self.__init__()  # type: ignore[misc]
+                restarted = True
+            elif move:
+                self._direction = move
+            self.step, self._time, self._seen = self.step + 1, time, []
+        elif conditioning in self._seen:
+            self.step, self._seen = self.step + 1, []
+        self._seen.append(conditioning)
+        if conditioning not in self._keys:
+            self._keys.append(conditioning)
+        return self.step, f"call{self._keys.index(conditioning)}", restarted

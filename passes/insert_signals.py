@@ -1,0 +1,238 @@
+"""Measure what the policy wants to know, and ask it: the `decide` of every call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from cachepass.errors import PolicyError
+from cachepass.ir import ops
+from cachepass.ir.boundary import (
+    BlockChange,
+    LatentChange,
+    Layout,
+    Signal,
+    Site,
+    Slot,
+    SublayerChange,
+    TimestepChange,
+    layout_of,
+    place_of,
+)
+from cachepass.ir.graph import add_guard, frame_of
+from cachepass.pass_manager import PassResult
+
+Nodes = dict[fx.Node, fx.Node]
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertSignals:
+    """Insert the reads, sums and writes of each signal, then `decide` as early as they allow.
+
+    1. `LatentChange` is measured at the first call of a step, before everything else.
+    2. `TimestepChange` is measured before the first block.
+    3. `BlockChange` is measured after its block; its reference is what the last full call had.
+    4. `SublayerChange` is measured inside its block, so that Inductor fuses it there; what it
+       finds serves later calls.
+    5. A policy without sites never decides: nothing is inserted.
+    """
+
+    sites: tuple[Site, ...]
+    signals: tuple[Signal, ...]
+    name: str = "insert-signals"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        graph = gm.graph
+        if not self.sites or graph.find_nodes(op="call_function", target=ops.decide):
+            return PassResult(gm, modified=False)  # case 5, or run before
+        layout = layout_of(gm)
+        frame = frame_of(gm)
+        at = list(graph.find_nodes(op="placeholder"))[-1]
+        late: list[tuple[Slot, fx.Node]] = []
+        for signal in self.signals:
+            if isinstance(signal, LatentChange):
+                at = _measure_latent(gm, frame, layout, signal, at)
+        for signal in self.signals:
+            if isinstance(signal, TimestepChange):
+                at = _measure_timestep(gm, frame, layout, signal)
+        for signal in self.signals:
+            if isinstance(signal, BlockChange):
+                at, slot, residual = _measure_block(gm, frame, layout, signal)
+                late.append((slot, residual))
+        with graph.inserting_after(at):
+            decide = graph.call_function(ops.decide, (frame,))
+        at = decide
+        for slot, value in late:
+            at = _write_when_full(gm, frame, at, slot, value)
+        for signal in self.signals:
+            if isinstance(signal, SublayerChange):
+                _measure_sublayer(gm, frame, layout, signal)
+        return PassResult(gm, modified=True)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value: torch.Tensor = node.meta["example_value"]
+    return value.dtype
+
+
+def _declare(layout: Layout, slot: Slot) -> Slot:
+    layout.slots[slot.name] = slot
+    return slot
+
+
+def _measure_latent(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: LatentChange, at: fx.Node
+) -> fx.Node:
+    assert layout.latent is not None
+    latent = layout.latent
+    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(latent), across_branches=True))
+
+    def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
+        now = mapping[latent]
+        old = graph.call_function(ops.cache_read, (inner, slot.name, now))
+        sums = graph.call_function(ops.l1_sums, (now, old))
+        kept = graph.call_function(ops.clone, (now,))
+        graph.call_function(ops.observe, (inner, signal.name, sums))
+        graph.call_function(ops.cache_write, (inner, slot.name, kept))
+        return ()
+
+    with gm.graph.inserting_after(at):
+        return add_guard(gm.graph, frame, ops.When.FIRST_CALL, (latent,), arm, owner=gm)
+
+
+def _measure_timestep(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: TimestepChange
+) -> fx.Node:
+    embedding = layout.timestep_embedding
+    if embedding is None:
+        raise PolicyError(
+            "the policy measures the timestep embedding, but no input of the first block depends "
+            "on the timestep alone: use a policy with another trigger, such as 'firstblock'"
+        )
+    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(embedding)))
+    graph = gm.graph
+    first = next(n for n in graph.nodes if place_of(n))
+    with graph.inserting_before(first):
+        old = graph.call_function(ops.cache_read, (frame, slot.name, embedding))
+        sums = graph.call_function(ops.l1_sums, (embedding, old))
+        kept = graph.call_function(ops.clone, (embedding,))
+        graph.call_function(ops.observe, (frame, signal.name, sums))
+        return graph.call_function(ops.cache_write, (frame, slot.name, kept))
+
+
+def _measure_block(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: BlockChange
+) -> tuple[fx.Node, Slot, fx.Node]:
+    graph = gm.graph
+    nodes = _block_nodes(graph, layout, signal.block)
+    entering, leaving = _stream(nodes)
+    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(leaving)))
+    with graph.inserting_after(nodes[-1]):
+        old = graph.call_function(ops.cache_read, (frame, slot.name, entering))
+    with graph.inserting_after(old):
+        residual = graph.call_function(torch.sub, (leaving, entering))
+    residual.meta["example_value"] = leaving.meta["example_value"]
+    with graph.inserting_after(residual):
+        sums = graph.call_function(ops.l1_sums, (residual, old))
+    with graph.inserting_after(sums):
+        return (
+            graph.call_function(ops.observe, (frame, signal.name, sums)),
+            slot,
+            residual,
+        )
+
+
+def _write_when_full(
+    gm: fx.GraphModule, frame: fx.Node, at: fx.Node, slot: Slot, value: fx.Node
+) -> fx.Node:
+    def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
+        mapping[value].meta["owned"] = True
+        graph.call_function(ops.cache_write, (inner, slot.name, mapping[value]))
+        return ()
+
+    with gm.graph.inserting_after(at):
+        return add_guard(gm.graph, frame, ops.When.FULL, (value,), arm, owner=gm)
+
+
+def _measure_sublayer(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: SublayerChange
+) -> None:
+    index = signal.index(layout.blocks)
+    found = [s for s in layout.sublayers if s.block == index and s.kind is signal.kind]
+    if not found:
+        kinds = sorted({s.kind.value for s in layout.sublayers}) or ["none"]
+        raise PolicyError(
+            f"the policy measures the {signal.kind.value} of block {index}, which was not found; "
+            f"kinds of sublayers found in this model: {', '.join(kinds)}"
+        )
+    graph, residual = gm.graph, found[0].residual
+    nodes = _block_nodes(graph, layout, index)
+    entering, _ = _stream(nodes)
+    place = place_of(residual)
+    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(residual)))
+    frames: fx.Node | int | None = None
+    if signal.motion and layout.patches is not None:
+        size = layout.patches.meta["example_value"].shape[2]
+        frames = size if isinstance(size, int) else None
+        if frames is None:
+            with graph.inserting_after(layout.patches):
+                frames = graph.call_method("size", (layout.patches, 2))
+            frames.meta["example_value"] = size
+    elif signal.motion:
+        layout.missing["motion"] = "no frame axis: the latent is not patched as a video"
+    with graph.inserting_before(nodes[0]):
+        old = graph.call_function(ops.cache_read, (frame, slot.name, entering))
+    with graph.inserting_after(residual):
+        kept = graph.call_function(ops.clone, (residual,))
+    kept.meta.update(place=place, example_value=residual.meta["example_value"])
+    with graph.inserting_after(kept):
+        sums = (
+            graph.call_function(ops.l1_sums, (residual, old))
+            if frames is None
+            else graph.call_function(ops.motion_sums, (residual, old, frames))
+        )
+    sums.meta["place"] = place
+
+    def arm(inner_graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
+        mapping[kept].meta["owned"] = True
+        inner_graph.call_function(ops.observe, (inner, signal.name, mapping[sums]))
+        inner_graph.call_function(ops.cache_write, (inner, slot.name, mapping[kept]))
+        return ()
+
+    with graph.inserting_after(nodes[-1]):
+        guard = add_guard(graph, frame, ops.When.FULL, (sums, kept), arm, owner=gm)
+    guard.meta["place"] = place
+
+
+def _block_nodes(graph: fx.Graph, layout: Layout, index: int) -> list[fx.Node]:
+    nodes = [n for n in graph.nodes if (p := place_of(n)) is not None and p.block == index]
+    if not nodes:
+        raise PolicyError(
+            f"the policy looks at block {index} of a model with {layout.blocks} blocks: "
+            f"the last one is {layout.blocks - 1}"
+        )
+    return nodes
+
+
+def _stream(nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The main stream of a block: an input and an output of equal shape, the largest."""
+    inside = set(nodes)
+    entering = [
+        u for n in nodes for u in n.all_input_nodes if u not in inside and not u.meta.get("weight")
+    ]
+    leaving = [n for n in nodes if any(u not in inside for u in n.users)]
+    pairs = [
+        (a, b)
+        for b in leaving
+        for a in entering
+        if isinstance(va := a.meta.get("example_value"), torch.Tensor)
+        and isinstance(vb := b.meta.get("example_value"), torch.Tensor)
+        and va.shape == vb.shape
+        and va.dtype == vb.dtype
+    ]
+    if not pairs:
+        raise PolicyError("a block has no stream: no output of the shape of one of its inputs")
+    return max(pairs, key=lambda pair: pair[1].meta["example_value"].numel())

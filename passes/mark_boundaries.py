@@ -1,0 +1,308 @@
+"""Find stacks of blocks, their sublayers and the inputs that matter. Analysis only."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from cachepass.errors import CaptureError
+from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
+from cachepass.ir.graph import mutated
+from cachepass.pass_manager import PassResult
+
+_CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
+_ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "flex_attention"})
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkBoundaries:
+    """Write the layout of a captured call: which node belongs to which block, and why.
+
+    1. *Inputs*: placeholders that are no weights. The latent is the first one with at least
+       three dimensions, the timestep the one that is called so, else the first with at
+       most one dimension.
+    2. *Stacks*: entries of an indexed module list (``blocks.0``, ``blocks.1`` ...) that work
+       on the latent and are repeated modules with modules of their own. The outermost such list on
+       a node's module stack wins, so a list inside a block is part of the block. A list of
+       one entry counts if it holds attention.
+    3. *Sublayers*: walking back from a block's output through additions and casts to its input
+       gives the residual branches; a branch with attention is self- or cross-attention
+       by where its keys come from, any other is an MLP.
+    4. The graph is left alone if it is marked already.
+    """
+
+    name: str = "mark-boundaries"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        if isinstance(gm.meta.get("layout"), Layout):
+            return PassResult(gm, modified=False)  # case 4
+        layout = Layout()
+        _find_inputs(gm.graph, layout)
+        roots = _roots(gm.graph, layout)
+        _find_stacks(gm.graph, layout, roots)
+        _find_streams(gm.graph, layout, roots)
+        for nodes in _blocks(gm.graph):
+            layout.sublayers += _find_sublayers(nodes)
+        gm.meta["layout"] = layout
+        with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+            gm.graph.placeholder("frame")
+        return PassResult(gm, modified=True)
+
+
+def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
+    for node in graph.find_nodes(op="placeholder"):
+        if node.meta.get("weight") or not isinstance(_value(node), torch.Tensor):
+            continue
+        layout.inputs[str(node.meta.get("argument", node.name))] = node
+    for name, node in layout.inputs.items():
+        if layout.latent is None and _value(node).ndim >= 3 and _value(node).is_floating_point():
+            layout.latent = node
+        if layout.timestep is None and name in _TIMESTEP_NAMES:
+            layout.timestep = node
+    if layout.timestep is None:
+        layout.timestep = next((n for n in layout.inputs.values() if _value(n).ndim <= 1), None)
+    if layout.latent is None:
+        raise CaptureError(
+            "no latent among the model's arguments: looked for a floating tensor with at least "
+            f"three dimensions, found {sorted(layout.inputs) or 'no tensors'}"
+        )
+
+
+def _roots(graph: fx.Graph, layout: Layout) -> dict[fx.Node, frozenset[fx.Node]]:
+    """The user's inputs that each node's values depend on."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {n: frozenset({n}) for n in layout.inputs.values()}
+    for node in graph.nodes:
+        if node in roots:
+            continue
+        used = node.all_input_nodes
+        if node.op == "call_method" and node.target in ("type_as", "expand_as", "view_as"):
+            used = used[:1]  # the other argument lends its type or shape only
+        roots[node] = frozenset().union(*(roots[u] for u in used))
+        target = mutated(node)
+        if target is not None:
+            roots[target] = roots[target] | roots[node]
+    return roots
+
+
+def _module_paths(node: fx.Node) -> list[tuple[str, str]]:
+    """(path, class name) of the modules around a node, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = []
+    for path, kind in stack.values():
+        path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
+        path = re.sub(r"\['([^']+)'\]", r".\1", path)
+        path = re.sub(r"^L\.?(self|fn|mod)?\.?(self\.?)?", "", path).lstrip(".")
+        path = path.removeprefix("_orig_mod.")
+        found.append((path, kind if isinstance(kind, str) else kind.__qualname__))
+    return found
+
+
+def _find_stacks(
+    graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]
+) -> None:
+    entry = re.compile(r"^(.*?)\.?(\d+)$")
+    members: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    deep: set[str] = set()
+    live: set[str] = set()
+    attends: set[str] = set()
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+    for node in nodes:
+        paths = _module_paths(node)
+        for depth, (path, kind) in enumerate(paths):
+            match = entry.match(path)
+            if match is None:
+                continue
+            prefix = match[1]
+            members[prefix][int(match[2])] = kind
+            if depth + 1 < len(paths):
+                deep.add(prefix)
+            if layout.latent in roots[node]:
+                live.add(prefix)
+            if getattr(node.target, "__name__", "") in _ATTENTION:
+                attends.add(prefix)
+    stacks = {
+        prefix
+        for prefix, entries in members.items()
+        if prefix in deep
+        and prefix in live
+        and (prefix in attends or max(collections.Counter(entries.values()).values()) > 1)
+    }
+    counter: dict[tuple[str, int], int] = {}
+    for node in nodes:
+        for path, _ in _module_paths(node):
+            match = entry.match(path)
+            if match and match[1] in stacks:
+                key = (match[1], int(match[2]))
+                block = counter.setdefault(key, len(counter))
+                node.meta["place"] = Place(match[1] or "self", block)
+                break
+    for prefix, _ in counter:
+        layout.stacks[prefix or "self"] = layout.stacks.get(prefix or "self", 0) + 1
+    if layout.blocks < 2:
+        raise CaptureError(
+            "no stack of repeated blocks: looked for a ModuleList or Sequential whose entries have "
+            "modules of their own and work on the latent, at least two in all; found "
+            f"{ {p or 'self': len(m) for p, m in members.items()} or 'no module list'}. Without blocks "
+            "there is nothing to skip: use torch.compile for this model"
+        )
+
+
+def _find_streams(
+    graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]
+) -> None:
+    """The timestep embedding that enters the blocks, and the patch grid before flattening."""
+    placed = [n for n in graph.nodes if place_of(n)]
+    first = [n for n in placed if place_of(n) == place_of(placed[0])]
+    entering = {u: None for n in first for u in n.all_input_nodes if place_of(u) is None}
+    candidates = [
+        n
+        for n in entering
+        if isinstance(_value(n), torch.Tensor)
+        and _value(n).is_floating_point()
+        and layout.timestep in roots[n]
+        and layout.latent not in roots[n]
+    ]
+    layout.timestep_embedding = min(candidates, key=lambda n: len(roots[n]), default=None)
+    streams = [n for n in entering if layout.latent in roots[n] and _ndim(n) == 3]
+    tokens = {_value(n).shape[1] for n in streams}
+    for node in graph.nodes:
+        if node is placed[0]:
+            break
+        if node.op == "placeholder" or _ndim(node) != 5 or layout.latent not in roots[node]:
+            continue
+        _, _, frames, height, width = _value(node).shape
+        if frames * height * width in tokens:
+            layout.patches = node
+
+
+def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
+    blocks: dict[int, list[fx.Node]] = collections.defaultdict(list)
+    for node in graph.nodes:
+        place = place_of(node)
+        if place is not None:
+            blocks[place.block].append(node)
+    return list(blocks.values())
+
+
+def _find_sublayers(nodes: Sequence[fx.Node]) -> list[Sublayer]:
+    inside = set(nodes)
+    outputs = [n for n in nodes if _ndim(n) == 3 and any(u not in inside for u in n.users)]
+    found: list[Sublayer] = []
+    claimed: set[fx.Node] = set()
+    for output in outputs:
+        residuals, stream = _spine(output, inside)
+        for residual in reversed(residuals):
+            cone = _cone(residual, nodes)
+            if stream is None or not cone or claimed & set(cone):
+                continue
+            claimed |= set(cone)
+            place = place_of(residual)
+            assert place is not None
+            kind = _kind(cone, stream, inside)
+            found.append(Sublayer(_sublayer_name(cone), kind, place.block, residual, cone))
+    return found
+
+
+def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    while node in inside and node.op == "call_method" and node.target in _CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _spine(output: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None]:
+    """Residual branches from the last to the first, and the stream where it enters."""
+    shape = _value(output).shape
+
+    def terms(node: fx.Node) -> list[fx.Node]:
+        name = getattr(node.target, "__name__", node.target)
+        if name != "add" or len(node.all_input_nodes) != 2:
+            return []
+        return [n for n in node.all_input_nodes if _ndim(n) == 3 and _value(n).shape == shape]
+
+    def reaches(node: fx.Node) -> bool:
+        node = _strip(node, inside)
+        if node not in inside:
+            return not node.meta.get("weight")
+        return any(reaches(t) for t in terms(node))
+
+    residuals: list[fx.Node] = []
+    node = _strip(output, inside)
+    while node in inside:
+        pair = terms(node)
+        if len(pair) != 2:
+            return residuals, None
+        through = [t for t in pair if reaches(t)]
+        if len(through) != 1:
+            return residuals, None
+        residual = pair[0] if through[0] is pair[1] else pair[1]
+        if residual not in inside:
+            return residuals, None
+        residuals.append(residual)
+        node = _strip(through[0], inside)
+    return residuals, node
+
+
+def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Nodes that serve the residual alone."""
+    cone = {residual}
+    if len(residual.users) != 1:
+        return ()
+    for node in reversed(nodes):
+        if node in cone:
+            continue
+        written = mutated(node)
+        if written is not None and not node.users:
+            if all(u in cone or mutated(u) is written for u in written.users):
+                cone.add(node)
+        elif node.users and all(u in cone for u in node.users):
+            cone.add(node)
+    return tuple(n for n in nodes if n in cone)
+
+
+def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node]) -> Kind:
+    attention = [n for n in cone if getattr(n.target, "__name__", "") in _ATTENTION]
+    if not attention:
+        return Kind.MLP
+    call = attention[-1]
+    key = call.kwargs["key"] if "key" in call.kwargs else call.args[min(1, len(call.args) - 1)]
+    seen: set[fx.Node] = set()
+    pending = [key] if isinstance(key, fx.Node) else []
+    while pending:
+        node = pending.pop()
+        if node is stream:
+            return Kind.SELF_ATTENTION
+        if node in inside and node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return Kind.CROSS_ATTENTION
+
+
+def _sublayer_name(cone: Sequence[fx.Node]) -> str:
+    """The child of the block that does most of the work."""
+    children: collections.Counter[str] = collections.Counter()
+    for node in cone:
+        place = place_of(node)
+        for path, _ in _module_paths(node):
+            match = re.match(rf"^{re.escape(place.stack)}\.\d+\.([^.]+)", path) if place else None
+            if match:
+                children[match[1]] += 1
+                break
+    return children.most_common(1)[0][0] if children else "branch"
+
+
+def _value(node: fx.Node) -> torch.Tensor:
+    value: torch.Tensor = node.meta.get("example_value")  # type: ignore[assignment]
+    return value
+
+
+def _ndim(node: fx.Node) -> int:
+    value = node.meta.get("example_value")
+    return value.ndim if isinstance(value, torch.Tensor) else -1
+
+

@@ -32,6 +32,8 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         graph_argument = node.meta.get("grapharg")
         source = graph_argument.source.name if graph_argument is not None else str(node.target)
         node.meta["argument"] = _argument(source, parameters)
+        if not node.meta["weight"]:
+            node._rename(re.sub(r"\W+", "_", node.meta["argument"]))
     return gm
 
 

@@ -211,6 +211,7 @@ def replace_outputs(graph: fx.Graph, call: fx.Node, outputs: Sequence[fx.Node]) 
     for i, output in enumerate(outputs):
         with graph.inserting_after(at):
             item = graph.call_function(operator.getitem, (call, i))
+        item._rename(output.name)
         item.meta = {k: v for k, v in output.meta.items() if k in ("example_value", "place")}
         output.replace_all_uses_with(item)
         at = item

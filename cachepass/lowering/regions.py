@@ -9,7 +9,6 @@ Both arms of every conditional are lowered, so nothing compiles after the first 
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,10 +43,9 @@ class RegionCompiler:
         if key not in self._compiled:
             started = time.perf_counter()
             with _outside_of_dynamo(mode):
-                compiled = compile_fx(
+                self._compiled[key] = compile_fx(
                     _fresh(region), list(inputs), config_patches=self._patches or None
                 )
-            self._compiled[key] = _call_with_list(compiled)
             self._regions.append(region)
             self.count += 1
             self.seconds += time.perf_counter() - started
@@ -160,18 +158,6 @@ def _fresh(region: fx.GraphModule) -> fx.GraphModule:
 def _outside_of_dynamo(mode: FakeTensorMode) -> Iterator[None]:
     with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad():
         yield
-
-
-def _call_with_list(compiled: Any) -> Compiled:
-    """Inductor's functions take one list, which they empty."""
-    if not getattr(compiled, "_boxed_call", False):
-        return compiled  # type: ignore[no-any-return]
-
-    @functools.wraps(compiled)
-    def call(*args: Any) -> Any:
-        return compiled(list(args))
-
-    return call
 
 
 def _named(compiled: Compiled, name: str) -> Compiled:

@@ -71,13 +71,18 @@ def compile(
         raise CachePassError(f"unknown `inner`={inner!r}: must be 'inductor' or 'eager'")
     folder = dump or os.environ.get("CACHEPASS_DUMP") or None
     wrap = functools.partial(
-        CachedModule, policy=resolved, mode=mode, dynamic=dynamic, inner=inner, dump=folder
+        CachedModule,
+        policy=resolved,
+        mode=mode,
+        dynamic=dynamic,
+        inner=inner,
+        dump=folder,
     )
     if isinstance(model, nn.Module):
         if isinstance(model, OptimizedModule):
             raise CachePassError(
-                "the model is compiled already: give cachepass the plain module (`model._orig_mod`), "
-                "it calls Inductor itself"
+                "the model is compiled already: give cachepass the plain module "
+                "(`model._orig_mod`), it calls Inductor itself"
             )
         return wrap(model)  # type: ignore[return-value]
     return pipelines.attach(model, wrap)
@@ -101,8 +106,14 @@ class CachedModule(OptimizedModule):
         denoiser = Denoiser(policy)
         compiler = RegionCompiler(mode)
         backend = _backend(denoiser, compiler, inner, dump, _parameters(model))
-        compiled = torch.compile(
-            model, backend=backend, fullgraph=True, dynamic=dynamic, isolate_recompiles=True
+        # Isolated: two models of equal config would share dynamo's entries otherwise, and
+        # weights are inputs of the graph.
+        compiled = torch.compile(  # type: ignore[call-overload]
+            model,
+            backend=backend,
+            fullgraph=True,
+            dynamic=dynamic,
+            isolate_recompiles=True,
         )
         super().__init__(model, compiled.dynamo_ctx)
         self.denoiser, self.compiler = denoiser, compiler
@@ -168,7 +179,9 @@ def _backend(
 
 
 def torch_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any] | None = None,
 ) -> Program:
     """``torch.compile(model, backend="cachepass", fullgraph=True, options={"policy": ...})``.
 
@@ -203,9 +216,10 @@ def report(model: Any) -> Report:
     if isinstance(model, Session):
         owner = model.owner
         assert isinstance(owner, Denoiser)
-        return report_of(owner, None, only=model)
-    cached = _cached(model)
-    return report_of(cached[0].denoiser, cached[0].compiler)
+        return report_of(owner, only=model)
+    cached = _cached(model)[0]
+    compiler = cached.compiler
+    return report_of(cached.denoiser, regions=compiler.count, seconds=compiler.seconds)
 
 
 def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:

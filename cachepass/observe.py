@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pathlib
 
 from torch import fx
@@ -13,7 +14,7 @@ from cachepass.pass_manager import Observer
 log = logging.getLogger(__name__)
 
 
-def dump_to(folder: str | pathlib.Path) -> Observer:
+def dump_to(folder: str | os.PathLike[str]) -> Observer:
     """Write the graph after each pass to ``<folder>/<nn>-<pass>.txt``."""
     root = pathlib.Path(folder)
     root.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from cachepass.ir.boundary import Signal, Site
 from cachepass.pass_manager import Pass
-from cachepass.passes.eliminate_dead_cache import EliminateDeadCache as EliminateDeadCache
+from cachepass.passes.eliminate_dead_cache import (
+    EliminateDeadCache as EliminateDeadCache,
+)
 from cachepass.passes.insert_block_cache import InsertBlockCache as InsertBlockCache
 from cachepass.passes.insert_cfg_cache import InsertCfgCache as InsertCfgCache
 from cachepass.passes.insert_signals import InsertSignals as InsertSignals
 from cachepass.passes.insert_step_cache import InsertStepCache as InsertStepCache
-from cachepass.passes.insert_sublayer_cache import InsertSublayerCache as InsertSublayerCache
+from cachepass.passes.insert_sublayer_cache import (
+    InsertSublayerCache as InsertSublayerCache,
+)
 from cachepass.passes.mark_boundaries import MarkBoundaries as MarkBoundaries
 from cachepass.passes.outline_blocks import OutlineBlocks as OutlineBlocks
 from cachepass.passes.outline_regions import OutlineRegions as OutlineRegions

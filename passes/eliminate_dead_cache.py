@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -37,7 +39,7 @@ class EliminateDeadCache:
         return PassResult(gm, modified)
 
 
-def _of(gm: fx.GraphModule, target: object) -> list[fx.Node]:
+def _of(gm: fx.GraphModule, target: Callable[..., Any]) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="call_function", target=target))
 
 

@@ -61,13 +61,15 @@ class InsertBlockCache:
 
 
 def _wrap(
-    gm: fx.GraphModule, site: Blocks, start: int, stop: int, measured: CacheChange | None
+    gm: fx.GraphModule,
+    site: Blocks,
+    start: int,
+    stop: int,
+    measured: CacheChange | None,
 ) -> None:
     layout = layout_of(gm)
     everything = list(gm.graph.nodes)
-    placed = [
-        i for i, n in enumerate(everything) if (p := place_of(n)) and start <= p.block < stop
-    ]
+    placed = [i for i, n in enumerate(everything) if (p := place_of(n)) and start <= p.block < stop]
     nodes = everything[placed[0] : placed[-1] + 1]
     if any(n.target is ops.decide for n in nodes):
         raise PolicyError(
@@ -87,14 +89,18 @@ def _wrap(
         layout.slots[slot.name] = slot
         slots.append(slot)
 
-    def extend(graph: fx.Graph, frame: fx.Node, mapping: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
+    def extend(
+        graph: fx.Graph, frame: fx.Node, mapping: dict[fx.Node, fx.Node]
+    ) -> Sequence[fx.Node]:
         operands = list({mapping[n]: None for a, b, _ in pairs for n in (a, b)})
 
         def write(
             inner: fx.Graph, inner_frame: fx.Node, inside: dict[fx.Node, fx.Node]
         ) -> Sequence[fx.Node]:
             for i, (slot, (out, entering, predictor)) in enumerate(zip(slots, pairs, strict=True)):
-                old = inner.call_function(ops.cache_read, (inner_frame, slot.name, inside[mapping[out]]))
+                old = inner.call_function(
+                    ops.cache_read, (inner_frame, slot.name, inside[mapping[out]])
+                )
                 value = inner.call_function(
                     predictor.store, (inside[mapping[out]], inside[mapping[entering]])
                 )
@@ -146,5 +152,7 @@ def _pair(
 def _same(node: fx.Node, value: torch.Tensor) -> bool:
     other = node.meta.get("example_value")
     return (
-        isinstance(other, torch.Tensor) and other.shape == value.shape and other.dtype == value.dtype
+        isinstance(other, torch.Tensor)
+        and other.shape == value.shape
+        and other.dtype == value.dtype
     )

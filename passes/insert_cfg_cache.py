@@ -35,7 +35,8 @@ class InsertCfgCache:
         if site is None or site.name in layout.coverage:
             return PassResult(gm, modified=False)
         measured = next(
-            (s for s in self.signals if isinstance(s, CacheChange) and s.site == site.name), None
+            (s for s in self.signals if isinstance(s, CacheChange) and s.site == site.name),
+            None,
         )
         nodes = call_nodes(gm, site.name)
         outputs = outputs_of(nodes)

@@ -84,11 +84,18 @@ def _declare(layout: Layout, slot: Slot) -> Slot:
 
 
 def _measure_latent(
-    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: LatentChange, at: fx.Node
+    gm: fx.GraphModule,
+    frame: fx.Node,
+    layout: Layout,
+    signal: LatentChange,
+    at: fx.Node,
 ) -> fx.Node:
     assert layout.latent is not None
     latent = layout.latent
-    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(latent), across_branches=True))
+    slot = _declare(
+        layout,
+        Slot(name=signal.name, site=None, dtype=_dtype(latent), across_branches=True),
+    )
 
     def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
         now = mapping[latent]

@@ -29,7 +29,9 @@ class InsertStepCache:
         outputs = outputs_of(nodes)
         slots = {
             o: Slot(
-                name=f"{site.name}.output.{i}", site=site.name, dtype=o.meta["example_value"].dtype
+                name=f"{site.name}.output.{i}",
+                site=site.name,
+                dtype=o.meta["example_value"].dtype,
             )
             for i, o in enumerate(outputs)
         }

@@ -62,7 +62,9 @@ def _wrap(gm: fx.GraphModule, site: Sublayers, sublayer: Sublayer) -> None:
     for node in sublayer.nodes[:-1]:
         sublayer.nodes[-1].prepend(node)
 
-    def extend(graph: fx.Graph, frame: fx.Node, mapping: dict[fx.Node, fx.Node]) -> Sequence[fx.Node]:
+    def extend(
+        graph: fx.Graph, frame: fx.Node, mapping: dict[fx.Node, fx.Node]
+    ) -> Sequence[fx.Node]:
         kept = graph.call_function(ops.clone, (mapping[residual],))
         kept.meta.update(place=place, example_value=residual.meta["example_value"])
 

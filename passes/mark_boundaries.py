@@ -81,7 +81,11 @@ def _roots(graph: fx.Graph, layout: Layout) -> dict[fx.Node, frozenset[fx.Node]]
         if node in roots:
             continue
         used = node.all_input_nodes
-        if node.op == "call_method" and node.target in ("type_as", "expand_as", "view_as"):
+        if node.op == "call_method" and node.target in (
+            "type_as",
+            "expand_as",
+            "view_as",
+        ):
             used = used[:1]  # the other argument lends its type or shape only
         roots[node] = frozenset().union(*(roots[u] for u in used))
         target = mutated(node)
@@ -103,9 +107,7 @@ def _module_paths(node: fx.Node) -> list[tuple[str, str]]:
     return found
 
 
-def _find_stacks(
-    graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]
-) -> None:
+def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]) -> None:
     entry = re.compile(r"^(.*?)\.?(\d+)$")
     members: dict[str, dict[int, str]] = collections.defaultdict(dict)
     deep: set[str] = set()
@@ -145,11 +147,11 @@ def _find_stacks(
     for prefix, _ in counter:
         layout.stacks[prefix or "self"] = layout.stacks.get(prefix or "self", 0) + 1
     if layout.blocks < 2:
+        lists = {prefix or "self": len(entries) for prefix, entries in members.items()}
         raise CaptureError(
             "no stack of repeated blocks: looked for a ModuleList or Sequential whose entries have "
             "modules of their own and work on the latent, at least two in all; found "
-            f"{ {p or 'self': len(m) for p, m in members.items()} or 'no module list'}. Without blocks "
-            "there is nothing to skip: use torch.compile for this model"
+            f"{lists or 'no module list'}. Without blocks there is nothing to skip: use torch.compile for this model"
         )
 
 
@@ -304,5 +306,3 @@ def _value(node: fx.Node) -> torch.Tensor:
 def _ndim(node: fx.Node) -> int:
     value = node.meta.get("example_value")
     return value.ndim if isinstance(value, torch.Tensor) else -1
-
-

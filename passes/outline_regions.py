@@ -24,7 +24,9 @@ class OutlineRegions:
     name: str = "outline-regions"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        taken = {str(n.target) for part in walk(gm) for n in part.graph.find_nodes(op="call_module")}
+        taken = {
+            str(n.target) for part in walk(gm) for n in part.graph.find_nodes(op="call_module")
+        }
         outliner = Outliner(taken)
         modified = False
         for part in list(walk(gm)):

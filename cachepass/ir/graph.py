@@ -64,7 +64,7 @@ def outputs_of(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 def frame_of(gm: fx.GraphModule) -> fx.Node:
     """The placeholder of the frame: the first of every graph that holds frame operations."""
-    first = next(iter(gm.graph.nodes))
+    first: fx.Node = next(iter(gm.graph.nodes))
     if first.op != "placeholder" or first.target != "frame":
         raise LookupError("the graph has no `frame` placeholder")
     return first
@@ -172,9 +172,7 @@ def insert_conditional(
     with graph.inserting_after(compute):
         taken = graph.get_attr(attach(gm, reuse_arm, f"reuse_{site}"))
     with graph.inserting_after(taken):
-        cond = graph.call_function(
-            ops.conditional, (frame, site, compute, taken, tuple(operands))
-        )
+        cond = graph.call_function(ops.conditional, (frame, site, compute, taken, tuple(operands)))
     cond.meta["example_value"] = tuple(o.meta.get("example_value") for o in outputs)
     if outputs and "place" in outputs[0].meta:
         cond.meta["place"] = outputs[0].meta["place"]

@@ -92,7 +92,9 @@ def _region(
         copied.meta = _value_of(node)
         mapping[node] = copied
     graph.output(tuple(mapping[o] for o in outputs))
-    attributes = {str(n.target): getattr(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
+    attributes = {
+        str(n.target): getattr(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")
+    }
     return fx.GraphModule(attributes or nn.Module(), graph)
 
 
@@ -114,7 +116,12 @@ def _key(
         if isinstance(value, dict):
             return ("dict", *((k, freeze(v)) for k, v in sorted(value.items())))
         if isinstance(value, slice):
-            return ("slice", freeze(value.start), freeze(value.stop), freeze(value.step))
+            return (
+                "slice",
+                freeze(value.start),
+                freeze(value.stop),
+                freeze(value.step),
+            )
         return (type(value).__name__, repr(value))
 
     return (
@@ -127,5 +134,11 @@ def _key(
 def _signature(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         strides = tuple(map(str, value.stride()))
-        return (tuple(map(str, value.shape)), strides, value.dtype, value.device, value.requires_grad)
+        return (
+            tuple(map(str, value.shape)),
+            strides,
+            value.dtype,
+            value.device,
+            value.requires_grad,
+        )
     return (type(value).__name__, str(value))

@@ -75,9 +75,14 @@ def _line(node: fx.Node) -> str:
         note += f"{', ' if note else '  # '}{weights} weights" if weights else ""
         return f"{_results(node)} = {node.target}({_args(node.args)}){note}"
     values = node.args[1:] if node.target in ops.FRAME_OPS else node.args
-    shown = [*_flat(values), *(f"{k}={', '.join(_flat(v))}" for k, v in node.kwargs.items())]
-    target = node.target if isinstance(node.target, str) else getattr(
-        node.target, "__name__", str(node.target)
+    shown = [
+        *_flat(values),
+        *(f"{k}={', '.join(_flat(v))}" for k, v in node.kwargs.items()),
+    ]
+    target = (
+        node.target
+        if isinstance(node.target, str)
+        else getattr(node.target, "__name__", str(node.target))
     )
     call = f"{target}({', '.join(shown)})"
     return call if node.target in ops.EFFECTS else f"{_name(node)}{_type(node)} = {call}"
@@ -85,8 +90,10 @@ def _line(node: fx.Node) -> str:
 
 def _results(node: fx.Node) -> str:
     """Names of a tuple's items instead of the tuple and its items."""
-    items = {int(u.args[1]): u for u in node.users if _is_item(u)}
-    return ", ".join(f"{_name(u)}{_type(u)}" for _, u in sorted(items.items())) or "_"
+    items = sorted(
+        (str(u.args[1]).zfill(4), f"{_name(u)}{_type(u)}") for u in node.users if _is_item(u)
+    )
+    return ", ".join(text for _, text in items) or "_"
 
 
 def _is_item(node: fx.Node) -> bool:
@@ -137,5 +144,8 @@ def _regions(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule, int]]:
         for node in graph_module.graph.nodes:
             if node.op == "call_module":
                 region = getattr(graph_module, str(node.target))
-                calls[str(node.target)] = (region, calls.get(str(node.target), (region, 0))[1] + 1)
+                calls[str(node.target)] = (
+                    region,
+                    calls.get(str(node.target), (region, 0))[1] + 1,
+                )
     return [(name, region, count) for name, (region, count) in calls.items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -47,7 +49,8 @@ def verify(gm: fx.GraphModule) -> None:
 
 def _check_arms(gm: fx.GraphModule, node: fx.Node) -> None:
     """Both arms take the operands and return equally many values of equal dtype and shape."""
-    _, site, compute, reuse, operands = node.args
+    arguments: Any = node.args  # (frame, site, compute, reuse, operands)
+    _, site, compute, reuse, operands = arguments
     results = []
     for attribute in (compute, reuse):
         arm = getattr(gm, str(attribute.target))
@@ -59,7 +62,7 @@ def _check_arms(gm: fx.GraphModule, node: fx.Node) -> None:
             )
         output = next(iter(arm.graph.find_nodes(op="output")))
         results.append(output.args[0])
-        if arm is not None and attribute is compute and _draws(arm):
+        if attribute is compute and _draws(arm):
             raise VerifyError(
                 f"conditional {site!r} would skip a random draw ({_draws(arm)}): a region that "
                 "draws random numbers is no site, because skipping it changes later draws"
@@ -97,14 +100,15 @@ def _draws(gm: fx.GraphModule) -> str:
 
 def _check_write(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:
     """A slot has one dtype and memory of its own: no argument's, no other slot's."""
-    value = node.args[2]
+    arguments: Any = node.args  # (frame, slot, value)
+    value = arguments[2]
     known = value.meta.get("example_value") if isinstance(value, fx.Node) else None
     if isinstance(known, torch.Tensor) and known.dtype != dtype:
         raise VerifyError(
             f"slot {node.args[1]!r} is declared {dtype} and written with {known.dtype} "
             f"({value.name}): declare the dtype of what is written"
         )
-    if not isinstance(value, fx.Node) or value.op == "placeholder" and "owned" not in value.meta:
+    if not isinstance(value, fx.Node) or (value.op == "placeholder" and "owned" not in value.meta):
         raise VerifyError(
             f"slot {node.args[1]!r} would alias {getattr(value, 'name', value)!r}, which is an "
             "operand: write a clone"

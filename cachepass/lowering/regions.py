@@ -37,15 +37,18 @@ class RegionCompiler:
         self.count = 0
         self.seconds = 0.0
 
-    def __call__(self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> Compiled:
+    def __call__(
+        self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode
+    ) -> Compiled:
         """The compiled region for fake or plain `inputs`."""
         key = (id(region), signature_of(inputs))
         if key not in self._compiled:
             started = time.perf_counter()
             with _outside_of_dynamo(mode):
-                self._compiled[key] = compile_fx(
+                compiled: Any = compile_fx(
                     _fresh(region), list(inputs), config_patches=self._patches or None
                 )
+            self._compiled[key] = compiled
             self._regions.append(region)
             self.count += 1
             self.seconds += time.perf_counter() - started
@@ -53,7 +56,10 @@ class RegionCompiler:
 
 
 def lower(
-    gm: fx.GraphModule, slots: dict[str, Slot], args: Sequence[Any], compiler: RegionCompiler
+    gm: fx.GraphModule,
+    slots: dict[str, Slot],
+    args: Sequence[Any],
+    compiler: RegionCompiler,
 ) -> Callable[..., Any]:
     """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
     mode = FakeTensorMode()
@@ -69,7 +75,9 @@ def lower(
 class _Lowering:
     """Runs a graph on fakes to learn what every region is called with, arms included."""
 
-    def __init__(self, slots: dict[str, Slot], compiler: RegionCompiler, mode: FakeTensorMode) -> None:
+    def __init__(
+        self, slots: dict[str, Slot], compiler: RegionCompiler, mode: FakeTensorMode
+    ) -> None:
         self._slots, self._compiler, self._mode = slots, compiler, mode
         self._kept: dict[str, Tensor] = {}
         self._results: dict[tuple[int, Signature], Any] = {}
@@ -106,7 +114,11 @@ class _Lowering:
         return lowered, result
 
     def _interpret(
-        self, gm: fx.GraphModule, node: fx.Node, inputs: Any, arms: dict[str, fx.GraphModule]
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        inputs: Any,
+        arms: dict[str, fx.GraphModule],
     ) -> Any:
         if node.target is ops.conditional:
             _, _, compute, reuse, operands = inputs

@@ -81,13 +81,14 @@ class Denoiser:
             session.drop()
         self._request, self._request_step = None, None
 
-    def _locate(self, time: Tensor | None, conditioning: tuple[int, ...]) -> tuple[Session, int, str]:
-        entered = next(
-            (e for e in reversed(ENTERED.get()) if e.session.owner is self), None
-        )
+    def _locate(
+        self, time: Tensor | None, conditioning: tuple[int, ...]
+    ) -> tuple[Session, int, str]:
+        entered = next((e for e in reversed(ENTERED.get()) if e.session.owner is self), None)
         hint = HINT.get()
         if entered is not None:
-            session, step, branch = entered.session, entered.step, entered.branch
+            session: Session | None = entered.session
+            step, branch = entered.step, entered.branch
         else:
             session, step, branch = self._request, self._request_step, None
         if hint is not None:

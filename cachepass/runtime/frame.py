@@ -59,8 +59,8 @@ class Frame:
             if old is not None:
                 if old.value.dtype != value.dtype or old.value.shape != value.shape:
                     raise SessionError(
-                        f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is given "
-                        f"{value.dtype} {tuple(value.shape)}: one request has one dtype and shape"
+                        f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is "
+                        f"given {value.dtype} {tuple(value.shape)}: one request has one dtype and shape"
                     )
                 value = torch.where(_mask(rows, value), value, old.value)
                 rows = tuple(a or b for a, b in zip(rows, old.rows, strict=True))
@@ -189,9 +189,7 @@ class Frame:
                 for names in self.reused
             )
         )
-        return CallRecord(
-            self.step, self.branch, tuple(self.reused), blocks - len(common), blocks
-        )
+        return CallRecord(self.step, self.branch, tuple(self.reused), blocks - len(common), blocks)
 
 
 def _mask(rows: Any, value: Tensor) -> Tensor:

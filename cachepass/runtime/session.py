@@ -62,9 +62,7 @@ class Session:
 
     def __init__(self, owner: object, num_inference_steps: int | None = None) -> None:
         if num_inference_steps is not None and num_inference_steps < 1:
-            raise SessionError(
-                f"`num_inference_steps`={num_inference_steps}: must be at least 1"
-            )
+            raise SessionError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
         self.owner = owner
         self.num_steps = num_inference_steps
         self.slots: dict[tuple[str | None, str], Kept] = {}

@@ -79,9 +79,7 @@ def calls_by_granularity(pipe: ShapesPipeline) -> dict[str, int]:
     return calls
 
 
-def generate(
-    pipe: ShapesPipeline, prompt: str, options: argparse.Namespace, report: Report
-) -> Run:
+def generate(pipe: ShapesPipeline, prompt: str, options: argparse.Namespace, report: Report) -> Run:
     """Generates one video and tells `report` of each step."""
 
     def on_step_end(
@@ -256,9 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("large", "small"), default="large")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

@@ -102,9 +102,7 @@ def save_animation(scenes: Sequence[Scene], path: Path, scale: int = 3) -> None:
         for left, top, images in places:
             picture.paste(images[i], (left, top))
         pictures.append(picture)
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], duration=_FRAME_MS, loop=0
-    )
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=_FRAME_MS, loop=0)
 
 
 def _size(scenes: Sequence[Scene], scale: int) -> tuple[int, int, int]:
@@ -124,9 +122,7 @@ def _images(video: torch.Tensor, scale: int) -> list[Image.Image]:
     ]
 
 
-def _write(
-    draw: ImageDraw.ImageDraw, left: int, middle: int, lines: Sequence[str]
-) -> None:
+def _write(draw: ImageDraw.ImageDraw, left: int, middle: int, lines: Sequence[str]) -> None:
     """Writes lines below each other, centred on a height."""
     step = 17
     top = middle - step * len(lines) // 2

@@ -79,9 +79,7 @@ def render_examples(
 class Trainer:
     """A transformer, its optimisers and the running mean of its weights."""
 
-    def __init__(
-        self, size: str, resume: Path | None, device: torch.device, seed: int
-    ) -> None:
+    def __init__(self, size: str, resume: Path | None, device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = models.load(size, path=resume) if resume else models.build(size)
         self.model.to(device).train()
@@ -134,8 +132,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Writes the mean of the weights, bfloat16."""
         weights = {
-            name: value.to("cpu", torch.bfloat16).contiguous()
-            for name, value in self.mean.items()
+            name: value.to("cpu", torch.bfloat16).contiguous() for name, value in self.mean.items()
         }
         save_file(weights, path)
 
@@ -217,9 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, help="videos per step")
     parser.add_argument("--videos", type=int, default=5000, help="videos to train on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

@@ -45,9 +45,7 @@ CAPTION_WORDS = len(KINDS)
 
 Array = npt.NDArray[np.floating[Any]]
 
-_EMBEDDING = torch.randn(
-    len(VOCABULARY), TEXT_DIM, generator=torch.Generator().manual_seed(1234)
-)
+_EMBEDDING = torch.randn(len(VOCABULARY), TEXT_DIM, generator=torch.Generator().manual_seed(1234))
 _Y, _X = (axis.astype(np.float32) / SIZE for axis in np.mgrid[0:SIZE, 0:SIZE])
 
 
@@ -125,9 +123,7 @@ def render(caption: Caption, rng: np.random.Generator) -> Array:
     for i in range(FRAMES):
         dx, dy = _X - xs[i], _Y - ys[i]
         cos, sin = np.cos(angles[i]), np.sin(angles[i])
-        distance = _distance(
-            caption.shape, cos * dx + sin * dy, -sin * dx + cos * dy, radius
-        )
+        distance = _distance(caption.shape, cos * dx + sin * dy, -sin * dx + cos * dy, radius)
         # Half a pixel either side of the outline is blended: edges carry no jaggies
         # that a linear codec would have to reproduce.
         cover = np.clip(0.5 - distance * SIZE, 0, 1)[..., None]
@@ -135,9 +131,7 @@ def render(caption: Caption, rng: np.random.Generator) -> Array:
     return video
 
 
-def _path(
-    caption: Caption, radius: float, rng: np.random.Generator
-) -> tuple[Array, Array, Array]:
+def _path(caption: Caption, radius: float, rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Centre x, centre y and angle (radians) of the shape, one of each per frame."""
     frame = np.arange(FRAMES, dtype=np.float32)
     start_x, start_y = rng.uniform(0.3, 0.7, 2)

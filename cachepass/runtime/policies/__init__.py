@@ -7,14 +7,20 @@ from typing import Any
 
 from cachepass.errors import PolicyError
 from cachepass.runtime.policies.adacache import AdaCache as AdaCache
-from cachepass.runtime.policies.fixed import Compute as Compute
-from cachepass.runtime.policies.fixed import Schedule as Schedule
 from cachepass.runtime.policies.firstblock import FirstBlock as FirstBlock
+from cachepass.runtime.policies.fixed import Compute as Compute, Schedule as Schedule
 from cachepass.runtime.policies.mixcache import MixCache as MixCache
 from cachepass.runtime.policies.teacache import TeaCache as TeaCache
 from cachepass.runtime.policy import Policy
 
-_ALL: tuple[type[Policy], ...] = (Compute, Schedule, MixCache, AdaCache, FirstBlock, TeaCache)
+_ALL: tuple[type[Policy], ...] = (
+    Compute,
+    Schedule,
+    MixCache,
+    AdaCache,
+    FirstBlock,
+    TeaCache,
+)
 
 
 def policies() -> dict[str, type[Policy]]:
@@ -30,7 +36,9 @@ def resolve(policy: str | Policy, options: dict[str, Any] | None = None) -> Poli
     """
     if isinstance(policy, Policy):
         if options:
-            raise PolicyError(f"options {sorted(options)} were given beside a policy object: set them there")
+            raise PolicyError(
+                f"options {sorted(options)} were given beside a policy object: set them there"
+            )
         return policy
     known = policies()
     if not isinstance(policy, str) or policy not in known:

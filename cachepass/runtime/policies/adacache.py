@@ -74,7 +74,12 @@ class AdaCache(Policy):
         )
         check(self.motion_scale > 0, self, "motion_scale", "above 0")
         low, high = self.motion_window
-        check(0 <= low <= high <= 1, self, "motion_window", "two ascending shares from 0 to 1")
+        check(
+            0 <= low <= high <= 1,
+            self,
+            "motion_window",
+            "two ascending shares from 0 to 1",
+        )
 
     def sites(self) -> tuple[Site, ...]:
         """The whole stack."""
@@ -84,7 +89,10 @@ class AdaCache(Policy):
         """The gated self-attention residual of one block."""
         return (
             SublayerChange(
-                name="attention", kind=Kind.SELF_ATTENTION, block=self.block, motion=self.motion
+                name="attention",
+                kind=Kind.SELF_ATTENTION,
+                block=self.block,
+                motion=self.motion,
             ),
         )
 

@@ -59,7 +59,12 @@ class Schedule(Policy):
                         f"Schedule(`reuse`={{{step}: {kind!r}}}): must be one of "
                         f"{', '.join(GRANULARITIES)}"
                     )
-            check(isinstance(step, int) and step >= 0, self, "reuse", "keyed by steps from 0")
+            check(
+                isinstance(step, int) and step >= 0,
+                self,
+                "reuse",
+                "keyed by steps from 0",
+            )
         object.__setattr__(self, "reuse", MappingProxyType(frozen))
 
     def __hash__(self) -> int:
@@ -70,9 +75,7 @@ class Schedule(Policy):
         cls, period: int, *, steps: int, granularity: str = "stack", start: int = 5
     ) -> Schedule:
         """The blind baseline: from `start` on, compute each `period`-th step and the last."""
-        cached = {
-            i: granularity for i in range(start, steps - 1) if (i - start) % period != 0
-        }
+        cached = {i: granularity for i in range(start, steps - 1) if (i - start) % period != 0}
         return cls(reuse=cached)
 
     def sites(self) -> tuple[Site, ...]:

@@ -82,8 +82,18 @@ class MixCache(Policy):
 
     def __post_init__(self) -> None:
         low, high = self.interval
-        check(1 < low <= high, self, "interval", "(shortest, longest), the shortest at least 2")
-        check(low <= self.start_interval <= high, self, "start_interval", "within `interval`")
+        check(
+            1 < low <= high,
+            self,
+            "interval",
+            "(shortest, longest), the shortest at least 2",
+        )
+        check(
+            low <= self.start_interval <= high,
+            self,
+            "start_interval",
+            "within `interval`",
+        )
         check(self.trigger >= 0, self, "trigger", "at least 0")
         check(0 <= self.warmup <= 1, self, "warmup", "a share from 0 to 1")
         check(0 <= self.latest_start <= 1, self, "latest_start", "a share from 0 to 1")
@@ -134,7 +144,11 @@ class MixCache(Policy):
         if measure.step != row.full:
             return row
         interval = adapt_interval(
-            row.interval, measure.rel, low=self.lengthen, high=self.shorten, bounds=self.interval
+            row.interval,
+            measure.rel,
+            low=self.lengthen,
+            high=self.shorten,
+            bounds=self.interval,
         )
         return dataclasses.replace(row, interval=interval, judged=row.full)
 

@@ -151,7 +151,8 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
         raise CaptureError(
             "no stack of repeated blocks: looked for a ModuleList or Sequential whose entries have "
             "modules of their own and work on the latent, at least two in all; found "
-            f"{lists or 'no module list'}. Without blocks there is nothing to skip: use torch.compile for this model"
+            f"{lists or 'no module list'}. Without blocks there is nothing to skip: use "
+            "torch.compile for this model"
         )
 
 

@@ -44,6 +44,7 @@ class Denoiser:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.sites = {site.name: site for site in policy.sites()}
         self.programs: list[Program] = []
         self.requests: list[Session] = []
         self.lock = threading.RLock()
@@ -122,13 +123,16 @@ class Denoiser:
         conditioning = tuple(args[i].data_ptr() for i in program.conditioning)
         with self.lock:
             session, step, branch = self._locate(time, conditioning)
+            if step != session.step:  # once per step: a model has hundreds of weights
+                session.weights = program.weights(args)
             signature = (
-                id(program), latent.shape, latent.dtype, latent.device, program.weights(args),
+                id(program), latent.shape, latent.dtype, latent.device, session.weights,
             )  # fmt: skip
             first = session.begin(step, branch, signature)
         return Frame(
             session,
             self.policy,
+            self.sites,
             layout,
             step=step,
             branch=branch,

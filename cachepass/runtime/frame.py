@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
-from cachepass.ir.boundary import Cfg, Layout
+from cachepass.ir.boundary import Cfg, Layout, Site
 from cachepass.ir.ops import Arm, When
 from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
 from cachepass.runtime.session import CallRecord, Kept, Observation, Session
@@ -22,6 +23,7 @@ class Frame:
         self,
         session: Session,
         policy: Policy,
+        sites: Mapping[str, Site],
         layout: Layout,
         *,
         step: int,
@@ -29,7 +31,7 @@ class Frame:
         rows: int,
         first_call: bool,
     ) -> None:
-        self.session, self.policy, self.layout = session, policy, layout
+        self.session, self.policy, self.sites, self.layout = session, policy, sites, layout
         self.step, self.branch, self.rows = step, branch, rows
         self.first_call = first_call
         self.reused: list[frozenset[str]] = [COMPUTE] * rows
@@ -60,7 +62,8 @@ class Frame:
                 if old.value.dtype != value.dtype or old.value.shape != value.shape:
                     raise SessionError(
                         f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is "
-                        f"given {value.dtype} {tuple(value.shape)}: one request has one dtype and shape"
+                        f"given {value.dtype} {tuple(value.shape)}: one request has one dtype "
+                        "and shape"
                     )
                 value = torch.where(_mask(rows, value), value, old.value)
                 rows = tuple(a or b for a, b in zip(rows, old.rows, strict=True))
@@ -112,11 +115,10 @@ class Frame:
         else:
             choices = [self._choose(row) for row in range(self.rows)]
             session.shared_choice = (self.step, choices)
-        sites = {site.name: site for site in policy.sites()}
         for row, choice in enumerate(choices):
             taken, not_here = set(), set()
             for name in choice:
-                site = sites[name]
+                site = self.sites[name]
                 if session.is_warm(site, self.layout, self.branch, row):
                     taken.add(name)
                 elif isinstance(site, Cfg) and self.branch != "uncond":
@@ -129,7 +131,7 @@ class Frame:
         shared = policy.shared_by_branches
         warm = frozenset(
             site.name
-            for site in policy.sites()
+            for site in self.sites.values()
             if (
                 session.could_reuse(site, self.layout, row)
                 if shared

@@ -70,6 +70,7 @@ class Session:
         self.states: dict[tuple[str | None, int], Any] = {}
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
         self.signature: object = None
+        self.weights: object = None
         self.step = -1
         self.branches_in_step: list[str] = []
         self.branches: list[str] = []

@@ -22,7 +22,7 @@ from cachepass.ir.boundary import (
     layout_of,
     place_of,
 )
-from cachepass.ir.graph import add_guard, inputs_of, insert_conditional, outputs_of
+from cachepass.ir.graph import add_guard, inputs_of, insert_conditional, outputs_of, same_shape
 from cachepass.pass_manager import PassResult
 
 
@@ -152,7 +152,5 @@ def _pair(
 def _same(node: fx.Node, value: torch.Tensor) -> bool:
     other = node.meta.get("example_value")
     return (
-        isinstance(other, torch.Tensor)
-        and other.shape == value.shape
-        and other.dtype == value.dtype
+        isinstance(other, torch.Tensor) and same_shape(other, value) and other.dtype == value.dtype
     )

@@ -22,7 +22,7 @@ from cachepass.ir.boundary import (
     layout_of,
     place_of,
 )
-from cachepass.ir.graph import add_guard, frame_of
+from cachepass.ir.graph import add_guard, frame_of, same_shape
 from cachepass.pass_manager import PassResult
 
 Nodes = dict[fx.Node, fx.Node]
@@ -237,7 +237,7 @@ def _stream(nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
         for a in entering
         if isinstance(va := a.meta.get("example_value"), torch.Tensor)
         and isinstance(vb := b.meta.get("example_value"), torch.Tensor)
-        and va.shape == vb.shape
+        and same_shape(va, vb)
         and va.dtype == vb.dtype
     ]
     if not pairs:

@@ -12,7 +12,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
-from cachepass.ir.graph import mutated
+from cachepass.ir.graph import mutated, same_shape
 from cachepass.pass_manager import PassResult
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
@@ -173,14 +173,14 @@ def _find_streams(
     ]
     layout.timestep_embedding = min(candidates, key=lambda n: len(roots[n]), default=None)
     streams = [n for n in entering if layout.latent in roots[n] and _ndim(n) == 3]
-    tokens = {_value(n).shape[1] for n in streams}
+    tokens = {str(_value(n).shape[1]) for n in streams}  # text: sizes may be symbols
     for node in graph.nodes:
         if node is placed[0]:
             break
         if node.op == "placeholder" or _ndim(node) != 5 or layout.latent not in roots[node]:
             continue
         _, _, frames, height, width = _value(node).shape
-        if frames * height * width in tokens:
+        if str(frames * height * width) in tokens:
             layout.patches = node
 
 
@@ -220,13 +220,13 @@ def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
 
 def _spine(output: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None]:
     """Residual branches from the last to the first, and the stream where it enters."""
-    shape = _value(output).shape
+    like = _value(output)
 
     def terms(node: fx.Node) -> list[fx.Node]:
         name = getattr(node.target, "__name__", node.target)
         if name != "add" or len(node.all_input_nodes) != 2:
             return []
-        return [n for n in node.all_input_nodes if _ndim(n) == 3 and _value(n).shape == shape]
+        return [n for n in node.all_input_nodes if _ndim(n) == 3 and same_shape(_value(n), like)]
 
     def reaches(node: fx.Node) -> bool:
         node = _strip(node, inside)

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from cachepass.errors import PolicyError
 from cachepass.ir import ops
@@ -43,6 +43,11 @@ def mutated(node: fx.Node) -> fx.Node | None:
 
 def _as_node(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes are equal by their symbols, without adding a guard."""
+    return tuple(map(str, a.shape)) == tuple(map(str, b.shape))
 
 
 def inputs_of(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 
+from cachepass.errors import CachePassError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Slot
 
@@ -29,9 +30,10 @@ class RegionCompiler:
     """Compiles regions with Inductor, each once per signature of its inputs."""
 
     def __init__(self, mode: str | None = None) -> None:
-        self._patches = (
-            {} if mode in (None, "default") else dict(torch._inductor.list_mode_options(mode))
-        )
+        modes = torch._inductor.list_mode_options()
+        if mode is not None and mode not in modes:
+            raise CachePassError(f"unknown `mode`={mode!r}: must be one of {', '.join(modes)}")
+        self._patches = dict(modes[mode]) if mode is not None else {}
         self._compiled: dict[tuple[int, Signature], Compiled] = {}
         self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
         self.count = 0

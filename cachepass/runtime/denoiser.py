@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class Denoiser:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._request: Session | None = None
         self._request_step: int | None = None
+        self._warned = False
 
     # -------------------------------------------------------------------- requests
 
@@ -75,6 +77,18 @@ class Denoiser:
         self._request_step += 1
         if self._request_step == self._request.num_steps:
             self._request.drop()
+            self._warn_if_useless(self._request)
+
+    def _warn_if_useless(self, request: Session) -> None:
+        if self._warned or not self.sites or any(any(r.reused) for r in request.records):
+            return
+        self._warned = True
+        warnings.warn(
+            f"policy {self.policy.name!r} reused nothing in a request of {request.num_steps} "
+            "steps: cachepass.report says what each call did; loosen the policy's thresholds or "
+            "take more steps",
+            stacklevel=3,
+        )
 
     def reset(self) -> None:
         """Drop the slots and state of all sessions."""

@@ -72,7 +72,7 @@ def calls_by_granularity(pipe: ShapesPipeline) -> dict[str, int]:
     """Counts the calls of the last request: computed whole, or what was reused.
 
     Returns:
-        Calls under `compute`, `step`, `cfg` and `block`.
+        Calls by what was reused, `compute` where nothing was.
     """
     report: dict[str, Any] = cachepass.report(pipe).to_dict()
     calls: dict[str, int] = report["requests"][-1]["calls"]
@@ -145,7 +145,7 @@ def compare(
 
 def table(results: Sequence[Comparison]) -> str:
     """Lays the figures out, one line per prompt and one for all of them."""
-    kinds = list(results[0].calls)
+    kinds = list(dict.fromkeys(kind for result in results for kind in result.calls))
     width = max(len(result.prompt) for result in results)
     header = f"{'':{width}}  uncached   cached  speedup   PSNR dB   SSIM"
     lines = [header + "".join(f"  {kind:>7}" for kind in kinds)]
@@ -154,7 +154,7 @@ def table(results: Sequence[Comparison]) -> str:
             f"{result.prompt:{width}}  {result.uncached.seconds:6.2f} s"
             f" {result.cached.seconds:6.2f} s  {result.speedup:6.2f}x"
             f"  {result.psnr:8.1f}  {result.ssim:5.3f}"
-            + "".join(f"  {result.calls[kind]:7}" for kind in kinds)
+            + "".join(f"  {result.calls.get(kind, 0):7}" for kind in kinds)
         )
     slow = sum(result.uncached.seconds for result in results)
     fast = sum(result.cached.seconds for result in results)

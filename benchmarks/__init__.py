@@ -1,0 +1,1 @@
+"""Speed and quality of cachepass, measured: `python -m benchmarks.bench`."""

@@ -1,0 +1,73 @@
+"""The blind baseline: what the best uniform schedule of equal cost would give."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cachepass.runtime.policies import Schedule
+
+GRANULARITIES = ("step", "stack", "cfg", "block")
+PERIODS = (2, 3, 4, 5, 6, 8)
+STARTS = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind:
+    """A uniform schedule of one granularity."""
+
+    granularity: str
+    period: int
+    start: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.granularity}, period {self.period} from step {self.start}"
+
+    def schedule(self, steps: int) -> Schedule:
+        """The policy of it."""
+        return Schedule.every(
+            self.period, steps=steps, granularity=self.granularity, start=self.start
+        )
+
+    def cost(self, steps: int) -> float:
+        """Share of block work that is computed."""
+        # The conditional call, or the blocks outside of the middle half, go on.
+        left = 0.5 if self.granularity in ("cfg", "block") else 0.0
+        return 1 - (1 - left) * len(self.schedule(steps).reuse) / steps
+
+
+def around(costs: Iterable[float], window: float, steps: int) -> Iterator[Blind]:
+    """The schedules whose cost is within `window` of one of `costs`.
+
+    The envelope at a cost depends on what lies near it alone, and each schedule takes
+    minutes.
+    """
+    nearby = list(costs)
+    for granularity in GRANULARITIES:
+        for period in PERIODS:
+            for start in STARTS:
+                blind = Blind(granularity=granularity, period=period, start=start)
+                if any(abs(blind.cost(steps) - cost) <= window for cost in nearby):
+                    yield blind
+
+
+def envelope(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The best quality to be had for at most each cost: (cost, quality), ascending."""
+    best: dict[float, float] = {}
+    reached = -math.inf
+    for cost, quality in sorted(points):
+        reached = max(reached, quality)
+        best[cost] = reached
+    return list(best.items())
+
+
+def at_cost(curve: Sequence[tuple[float, float]], cost: float) -> float:
+    """Linear between neighbours on an envelope; NaN outside of it, never extrapolated."""
+    for (left, low), (right, high) in itertools.pairwise(curve):
+        if left <= cost <= right:
+            return low + (high - low) * (cost - left) / (right - left)
+    return math.nan

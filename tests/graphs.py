@@ -1,0 +1,90 @@
+"""Captured graphs for tests of passes, and a way to run them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cachepass.capture import own_graph
+from cachepass.pass_manager import Pass, run_passes
+from cachepass.passes import default_pipeline
+from cachepass.runtime.denoiser import Denoiser, Program
+from cachepass.runtime.policies import Compute
+from cachepass.runtime.policy import Facts, Policy
+from tests.models import TOY, Tiny, as_tensor
+
+
+@dataclasses.dataclass
+class Captured:
+    """A graph as dynamo hands it over, what it was called with and what came out."""
+
+    gm: fx.GraphModule
+    args: Sequence[Any]
+    output: Tensor
+
+    def run(self, *passes: Pass) -> fx.GraphModule:
+        """Apply passes to the graph, as the pass manager does."""
+        self.gm = run_passes(self.gm, passes).graph_module
+        return self.gm
+
+    def pipeline(self, policy: Policy) -> tuple[Pass, ...]:
+        return default_pipeline(policy.sites(), policy.signals())
+
+    def matches(self, policy: Policy | None = None) -> bool:
+        """Whether a first call of the graph, as it is now, gives the model's output."""
+        program = Program(Denoiser(policy or Compute()), self.gm, lambda gm, _: gm.forward)
+        with torch.no_grad():
+            return torch.equal(as_tensor(program(*self.args)), self.output)
+
+
+def capture(tiny: Tiny = TOY, seed: int = 0) -> Captured:
+    """The graph of one call of a tiny model."""
+    found: list[Captured] = []
+
+    def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
+        graph = own_graph(gm)
+
+        def call(*args: Any) -> Any:
+            found.append(Captured(graph, args, torch.empty(0)))
+            return gm.forward(*args)
+
+        return call
+
+    with torch.no_grad():
+        model = torch.compile(tiny.model(seed), backend=backend, fullgraph=True)
+        output = as_tensor(model(**tiny.example()))
+    found[0].output = output
+    return found[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Script(Policy):
+    """A policy for tests: the sites it is given, reused by a table of (step, branch, row)."""
+
+    name = "script"
+    places: tuple[Any, ...] = ()
+    measured: tuple[Any, ...] = ()
+    table: dict[tuple[int, str, int], set[str]] = dataclasses.field(default_factory=dict)
+    asked: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
+    """How often a call was asked for: the rule is called once for each row, in order."""
+
+    def sites(self) -> tuple[Any, ...]:
+        return self.places
+
+    def signals(self) -> tuple[Any, ...]:
+        return self.measured
+
+    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
+        key = (facts.step, facts.branch)
+        row = self.asked[key] = self.asked.get(key, -1) + 1
+        return frozenset(self.table.get((*key, row), ())), state
+
+    def begin(self, table: dict[tuple[int, str, int], set[str]]) -> None:
+        """Take another table for the request that follows."""
+        self.asked.clear()
+        self.table.clear()
+        self.table.update(table)

@@ -1,0 +1,230 @@
+"""Tiny models with random weights, and inputs for one call of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """How to build a model, and what to call it with."""
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    blocks: int
+
+    def model(self, seed: int = 0) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.build().eval()
+
+    def example(self, seed: int = 1) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.inputs()
+
+
+def as_tensor(output: Any) -> Tensor:
+    """The one tensor of a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    value = output[0]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative L2."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --------------------------------------------------------------------------- diffusers
+
+
+def _wan() -> nn.Module:
+    model: nn.Module = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=32, ffn_dim=32, num_layers=4, rope_max_seq_len=32,
+    )  # fmt: skip
+    return model
+
+
+def _wan_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8),
+        "timestep": torch.tensor([900.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 16),
+        "return_dict": False,
+    }
+
+
+def _cogvideox() -> nn.Module:
+    model: nn.Module = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        time_embed_dim=8, text_embed_dim=16, num_layers=2, sample_width=8, sample_height=8,
+        sample_frames=5, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=6,
+    )  # fmt: skip
+    return model
+
+
+def _cogvideox_inputs() -> dict[str, Any]:
+    latent = torch.randn(1, 2, 4, 8, 8)  # the two halves of guidance, as the pipeline does it
+    return {
+        "hidden_states": torch.cat([latent, latent]),
+        "encoder_hidden_states": torch.randn(2, 6, 16),
+        "timestep": torch.tensor([900, 900]),
+        "return_dict": False,
+    }
+
+
+def _flux() -> nn.Module:
+    model: nn.Module = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20,
+        axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return model
+
+
+def _flux_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 6, 24),
+        "pooled_projections": torch.randn(1, 20),
+        "timestep": torch.tensor([0.9]),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
+        "txt_ids": torch.zeros(6, 3),
+        "return_dict": False,
+    }
+
+
+def _hunyuan() -> nn.Module:
+    model: nn.Module = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10,
+        num_layers=2, num_single_layers=2, num_refiner_layers=1, patch_size=2, patch_size_t=1,
+        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    return model
+
+
+def _hunyuan_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8),
+        "timestep": torch.tensor([900]),
+        "encoder_hidden_states": torch.randn(1, 6, 16),
+        "encoder_attention_mask": torch.ones(1, 6),
+        "pooled_projections": torch.randn(1, 8),
+        "guidance": torch.tensor([6000.0]),
+        "return_dict": False,
+    }
+
+
+def _ltx() -> nn.Module:
+    model: nn.Module = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=2, caption_channels=16,
+    )  # fmt: skip
+    return model
+
+
+def _ltx_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 2 * 4 * 4, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 16),
+        "timestep": torch.tensor([900]),
+        "encoder_attention_mask": torch.ones(1, 5),
+        "num_frames": 2,
+        "height": 4,
+        "width": 4,
+        "return_dict": False,
+    }
+
+
+def _mochi() -> nn.Module:
+    model: nn.Module = diffusers.MochiTransformer3DModel(
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        pooled_projection_dim=16, in_channels=4, text_embed_dim=16, time_embed_dim=4,
+        max_sequence_length=8,
+    )  # fmt: skip
+    return model
+
+
+def _mochi_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 8, 16),
+        "timestep": torch.tensor([900.0]),
+        "encoder_attention_mask": torch.ones(1, 8, dtype=torch.bool),
+        "return_dict": False,
+    }
+
+
+# ------------------------------------------------------------------------------- a toy
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.modulation = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        h = self.norm1(x) * (1 + scale) + shift
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(h)
+        return x + self.mlp(self.norm2(x))
+
+
+class ToyDiT(nn.Module):
+    """A class-conditional image DiT, written without a thought of cachepass."""
+
+    def __init__(self, dim: int = 16, depth: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.patchify = nn.Conv2d(3, dim, 2, 2)
+        self.position = nn.Parameter(torch.randn(1, 16, dim) * 0.02)
+        self.time = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(classes + 1, dim)
+        self.layers = nn.ModuleList(ToyBlock(dim) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * 2 * 2))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        tokens = self.patchify(x).flatten(2).transpose(1, 2) + self.position[:, : h * w]
+        c = self.time(t[:, None].float()) + self.label(y)
+        for layer in self.layers:
+            tokens = layer(tokens, c)
+        out = self.out(tokens).unflatten(1, (h, w)).unflatten(-1, (3, 2, 2))
+        out = out.permute(0, 3, 1, 4, 2, 5)
+        return out.flatten(4, 5).flatten(2, 3)
+
+
+def _toy_inputs() -> dict[str, Any]:
+    return {"x": torch.randn(1, 3, 8, 8), "t": torch.tensor([0.9]), "y": torch.tensor([3])}
+
+
+WAN = Tiny(_wan, _wan_inputs, blocks=4)
+TOY = Tiny(ToyDiT, _toy_inputs, blocks=3)
+
+TINY: dict[str, Tiny] = {
+    "wan": WAN,
+    "cogvideox": Tiny(_cogvideox, _cogvideox_inputs, blocks=2),
+    "flux": Tiny(_flux, _flux_inputs, blocks=4),
+    "hunyuan": Tiny(_hunyuan, _hunyuan_inputs, blocks=4),
+    "ltx": Tiny(_ltx, _ltx_inputs, blocks=2),
+    "mochi": Tiny(_mochi, _mochi_inputs, blocks=2),
+    "toy": TOY,
+}

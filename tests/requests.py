@@ -1,0 +1,84 @@
+"""Runs a request on a compiled model or on a reference: a scheduler's loop in ten lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cachepass
+from tests.models import as_tensor
+from tests.reference import Reference
+
+Call = Callable[[int, str, Tensor, Tensor, Tensor], Tensor]
+BOTH = ("cond", "uncond")
+
+
+def denoise(
+    call: Call,
+    *,
+    steps: int,
+    branches: Sequence[str] = BOTH,
+    seed: int = 3,
+    rows: int = 1,
+    size: int = 8,
+    pace: float = 1.0,
+) -> list[Tensor]:
+    """Euler steps from noise; returns the output of each call."""
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(rows, 4, 2, size, size, generator=generator)
+    text = {b: torch.randn(rows, 5, 16, generator=generator) for b in branches}
+    outputs = []
+    for step in range(steps):
+        time = torch.full((rows,), 1000.0 * (1 - step / steps))
+        found = {b: call(step, b, latent, time, text[b]) for b in branches}
+        outputs += found.values()
+        velocity = found[branches[0]]
+        if len(found) == 2:
+            cond, uncond = found.values()
+            velocity = uncond + 3.0 * (cond - uncond)
+        latent = latent - pace * velocity / steps
+    return outputs
+
+
+def caller(model: Any, session: cachepass.Session) -> Call:
+    """One call of a compiled model, inside a session that is told where it stands."""
+
+    def call(step: int, branch: str, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        with session.at(step=step, branch=branch):
+            return as_tensor(model(latent, time, text, return_dict=False))
+
+    return call
+
+
+def plain(model: Any) -> Call:
+    """One call of a model that nobody compiled."""
+
+    def call(step: int, branch: str, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        with torch.no_grad():
+            return as_tensor(model(latent, time, text, return_dict=False))
+
+    return call
+
+
+def run(model: Any, *, steps: int, **options: Any) -> tuple[list[Tensor], cachepass.Session]:
+    """A request on a compiled model: what each call returned, and the session."""
+    session = cachepass.session(model, num_inference_steps=steps)
+    return denoise(caller(model, session), steps=steps, **options), session
+
+
+def decisions(session: cachepass.Session, row: int = 0) -> list[tuple[int, str, list[str]]]:
+    """(step, branch, sites reused by a row) of each call, from the report."""
+    (request,) = cachepass.report(session).to_dict()["requests"]
+    return [(c["step"], c["branch"], c["reused"][row]) for c in request["steps"]]
+
+
+def assert_follows(model: Any, reference: Reference, **options: Any) -> None:
+    """The same decisions, and the same numbers after each call."""
+    outputs, session = run(model, steps=reference.num_steps, **options)
+    expected = denoise(reference.call, steps=reference.num_steps, **options)
+    assert decisions(session) == reference.decisions
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,103 @@
+"""Random decisions: the rewritten graph does what the reference does, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+import cachepass
+from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
+from tests.graphs import Script
+from tests.models import WAN, distance
+from tests.reference import Reference, ScheduleRule
+from tests.requests import BOTH, assert_follows, caller, decisions, denoise
+
+STEPS = 5
+KINDS = ("step", "cfg", "stack", "block", "attention", "mlp")
+SITES: tuple[Site, ...] = (
+    WholeCall(),
+    Cfg(),
+    Blocks(),
+    Blocks(name="block", start=1, stop=3),
+    Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)),
+    Sublayers(name="mlp", kinds=(Kind.MLP,)),
+)
+SOME = st.sets(st.sampled_from(KINDS), max_size=2)
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+@examples(40)
+@given(
+    table=st.dictionaries(st.integers(0, STEPS - 1), SOME),
+    branches=st.sampled_from([BOTH, ("cond",), ("uncond", "cond")]),
+)
+def test_any_schedule_over_one_graph(
+    table: dict[int, set[str]], branches: tuple[str, ...]
+) -> None:
+    model, cached, policy = _scripted()
+    policy.begin({(s, b, 0): names for s, names in table.items() for b in branches})
+    rule = ScheduleRule({s: tuple(names) for s, names in table.items()}, middle=(1, 3))
+    assert_follows(cached, Reference(model, rule, STEPS), branches=branches)
+
+
+_CACHE: list[tuple[Any, Any, Script]] = []
+
+
+def _scripted() -> tuple[Any, Any, Script]:
+    """One model for all examples: capturing is what takes time."""
+    if not _CACHE:
+        model, policy = WAN.model(), Script(places=SITES)
+        _CACHE.append((model, cachepass.compile(model, policy=policy, inner="eager"), policy))
+    return _CACHE[0]
+
+
+@examples(5)
+@given(
+    table=st.dictionaries(st.integers(1, STEPS - 1), st.sampled_from(KINDS), min_size=1),
+    low=st.integers(0, 2),
+    count=st.integers(1, 2),
+)
+def test_any_schedule(table: dict[int, str], low: int, count: int) -> None:
+    model, middle = WAN.model(), (low, low + count)
+    policy = cachepass.Schedule(reuse=table, blocks=middle)
+    cached = cachepass.compile(model, policy=policy, inner="eager")
+    rule = ScheduleRule({step: (kind,) for step, kind in table.items()}, middle)
+    assert_follows(cached, Reference(model, rule, STEPS))
+
+
+ROWS = 3
+CALLS = st.dictionaries(
+    st.tuples(st.integers(0, STEPS - 1), st.sampled_from(BOTH), st.integers(0, ROWS - 1)), SOME
+)
+
+
+@examples(25)
+@given(table=CALLS)
+def test_rows_do_not_depend_on_their_neighbours(
+    table: dict[tuple[int, str, int], set[str]],
+) -> None:
+    _, cached, policy = _scripted()
+    policy.begin(table)
+    session = cachepass.session(cached, num_inference_steps=STEPS)
+    together = denoise(caller(cached, session), steps=STEPS, rows=ROWS)
+    for row in range(ROWS):
+        policy.begin({(s, b, 0): names for (s, b, r), names in table.items() if r == row})
+        alone = cachepass.session(cached, num_inference_steps=STEPS)
+        call = caller(cached, alone)
+
+        def only(
+            step: int, branch: str, latent: torch.Tensor, time: torch.Tensor, text: torch.Tensor,
+            row: int = row, call: Any = call,
+        ) -> torch.Tensor:  # fmt: skip
+            mine = call(step, branch, *(t[row : row + 1] for t in (latent, time, text)))
+            whole = together[2 * step + BOTH.index(branch)]
+            assert distance(mine, whole[row : row + 1]) < 1e-5
+            return whole
+
+        denoise(only, steps=STEPS, rows=ROWS)
+        assert decisions(session, row) == decisions(alone)

@@ -1,0 +1,110 @@
+"""Every policy against a transcription of its rule on the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cachepass
+from tests.models import WAN
+from tests.reference import (
+    AdaCacheRule,
+    FirstBlockRule,
+    MixCacheRule,
+    Reference,
+    Rule,
+    ScheduleRule,
+    TeaCacheRule,
+)
+from tests.requests import BOTH, assert_follows, denoise, plain
+
+STEPS = 12
+
+
+class Never(Rule):
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        return set()
+
+
+def check(policy: cachepass.Policy, rule: Rule, **options: Any) -> Reference:
+    model = WAN.model()
+    cached = cachepass.compile(model, policy=policy, inner="eager")
+    reference = Reference(model, rule, STEPS)
+    assert_follows(cached, reference, **options)
+    reused = {bool(names) for _, _, names in reference.decisions}
+    assert reused == {False, True}, "the case decides nothing: choose other numbers"
+    return reference
+
+
+def test_the_reference_is_the_model() -> None:
+    model = WAN.model()
+    ours = denoise(Reference(model, Never(), STEPS).call, steps=3)
+    for got, want in zip(ours, denoise(plain(model), steps=3), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["step", "cfg", "stack", "block", "attention", "mlp"])
+def test_schedule(kind: str) -> None:
+    table = {2: kind, 3: kind, 6: kind, 9: kind}
+    rule = ScheduleRule({step: (kind,) for step in table}, middle=(1, 3))
+    reference = check(cachepass.Schedule(reuse=table), rule)
+    cached = [(s, b) for s, b, names in reference.decisions if names == [kind]]
+    branches = ("uncond",) if kind == "cfg" else BOTH
+    assert cached == [(step, branch) for step in table for branch in branches]
+
+
+@pytest.mark.parametrize("branches", [BOTH, ("cond",)])
+def test_firstblock(branches: tuple[str, ...]) -> None:
+    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2)
+    check(policy, FirstBlockRule(0.1, 2), branches=branches)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.5, 0.3, 0.001)])
+def test_teacache(coefficients: tuple[float, ...]) -> None:
+    policy = cachepass.TeaCache(threshold=0.3, coefficients=coefficients, warmup_steps=2)
+    check(policy, TeaCacheRule(0.3, coefficients, 2))
+
+
+BOOK = ((0.05, 4), (0.1, 3), (0.2, 2), (1.0, 1))
+
+
+@pytest.mark.parametrize("branches", [BOTH, ("cond",)])
+def test_adacache_without_motion(branches: tuple[str, ...]) -> None:
+    check(
+        cachepass.AdaCache(codebook=BOOK, motion=False),
+        AdaCacheRule(BOOK, motion=False),
+        branches=branches,
+    )
+
+
+@pytest.mark.parametrize("scale", [0.385, 0.7])
+def test_adacache_with_motion(scale: float) -> None:
+    options: dict[str, Any] = {"motion_scale": scale, "motion_power": 2.0, "motion_gradient": 1.5}
+    check(
+        cachepass.AdaCache(codebook=BOOK, motion_window=(0.1, 0.9), **options),
+        AdaCacheRule(BOOK, motion=True, scale=scale, power=2.0, gradient=1.5, window=(0.1, 0.9)),
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repeat_penalty": 1.0, "trigger": 1.0},
+        {"interval": (2, 3), "start_interval": 2, "shorten": 0.02, "lengthen": 0.01},
+        {"influence": (3.0, 1.0, 0.5), "latest_start": 0.5, "interval": (2, 6)},
+        {"shorten": 9.0, "lengthen": 8.0, "trigger": 1.0},
+    ],
+)
+@pytest.mark.parametrize("branches", [BOTH, ("cond",)])
+def test_mixcache(branches: tuple[str, ...], options: dict[str, Any]) -> None:
+    defaults: dict[str, Any] = {
+        "interval": (2, 5), "start_interval": 3, "trigger": 0.01, "warmup": 0.1,
+        "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
+    }  # fmt: skip
+    chosen = defaults | options
+    reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen), branches=branches)
+    kinds = {name for _, _, names in reference.decisions for name in names}
+    assert "cfg" not in kinds or len(branches) == 2

@@ -84,14 +84,17 @@ def compile(
                 "the model is compiled already: give cachepass the plain module "
                 "(`model._orig_mod`), it calls Inductor itself"
             )
-        return wrap(model)  # type: ignore[return-value]
-    return pipelines.attach(model, wrap)
+        return wrap(model, dump=folder)  # type: ignore[return-value]
+    return pipelines.attach(
+        model,
+        lambda name, module: wrap(module, dump=pathlib.Path(folder, name) if folder else None),
+    )
 
 
 class CachedModule(OptimizedModule):
     """A denoiser with a cache inside; everything else is the user's module, unchanged."""
 
-    _opt_mod_attributes = OptimizedModule._opt_mod_attributes | {"denoiser", "compiler"}
+    denoiser: Denoiser
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class CachedModule(OptimizedModule):
         denoiser = Denoiser(policy)
         compiler = RegionCompiler(mode)
         backend = _backend(denoiser, compiler, inner, dump, _parameters(model))
+        marked = "_is_torch_compile" in vars(model)
         # Isolated: two models of equal config would share dynamo's entries otherwise, and
         # weights are inputs of the graph.
         compiled = torch.compile(  # type: ignore[call-overload]
@@ -116,7 +120,10 @@ class CachedModule(OptimizedModule):
             isolate_recompiles=True,
         )
         super().__init__(model, compiled.dynamo_ctx)
-        self.denoiser, self.compiler = denoiser, compiler
+        # Plain assignment would end up on the user's module, as this flag of torch.compile did.
+        vars(self)["denoiser"] = denoiser
+        if not marked:
+            vars(model).pop("_is_torch_compile", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising call, without gradients."""
@@ -163,13 +170,18 @@ def _backend(
     def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         if inner == "eager":
             return gm.forward
-        return lower(gm, gm.meta["layout"].slots, args, compiler)
+        driver = lower(gm, gm.meta["layout"].slots, args, compiler)
+        denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
+        return driver
 
     def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
         gm = capture.own_graph(captured, parameters)
         policy = denoiser.policy
         passes = default_pipeline(policy.sites(), policy.signals())
-        observers = [dump_to(dump)] if dump is not None else []
+        number = len(denoiser.programs)  # a new shape may be a new graph
+        observers = []
+        if dump is not None:
+            observers = [dump_to(pathlib.Path(dump, f"graph{number}") if number else dump)]
         result = run_passes(gm, passes, observers=observers)
         program = Program(denoiser, result.graph_module, lower_program)
         denoiser.programs.append(program)
@@ -185,11 +197,13 @@ def torch_backend(
 ) -> Program:
     """``torch.compile(model, backend="cachepass", fullgraph=True, options={"policy": ...})``.
 
-    Steps and branches are read off the calls: one request at a time.
+    Steps and branches are read off the calls: one request at a time. Options are those of
+    the policy, and `num_inference_steps` for policies that need it.
     """
     fields = dict(options or {})
+    num_steps = fields.pop("num_inference_steps", None)
     policy = resolve(fields.pop("policy", "mixcache"), fields)
-    denoiser = Denoiser(policy)
+    denoiser = Denoiser(policy, num_steps)
     return _backend(denoiser, RegionCompiler(), "inductor", os.environ.get("CACHEPASS_DUMP"), ())(
         gm, example_inputs
     )
@@ -216,10 +230,11 @@ def report(model: Any) -> Report:
     if isinstance(model, Session):
         owner = model.owner
         assert isinstance(owner, Denoiser)
-        return report_of(owner, only=model)
-    cached = _cached(model)[0]
-    compiler = cached.compiler
-    return report_of(cached.denoiser, regions=compiler.count, seconds=compiler.seconds)
+        return report_of(owner, only=model.history)
+    first, *others = (report_of(cached.denoiser) for cached in _cached(model))
+    for other in others:  # a pipeline with several denoisers
+        first.data["requests"] += other.data["requests"]
+    return first
 
 
 def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:

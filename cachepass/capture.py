@@ -22,28 +22,41 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         parameters: names of the forward's parameters, for arguments passed by position.
     """
     graph = fx.Graph()
-    graph.output(graph.graph_copy(captured.graph, {}))
-    gm = fx.GraphModule(captured, graph)
-    gm.meta = {}
-    for node in graph.find_nodes(op="placeholder"):
+    copies: dict[fx.Node, fx.Node] = {}
+    # Inputs first: so an argument gets its own name and a value of that name another one.
+    for placeholder in captured.graph.find_nodes(op="placeholder"):
+        node = graph.create_node(
+            "placeholder",
+            placeholder.target,
+            placeholder.args,
+            name=_name_of(placeholder, parameters),
+        )
+        node.meta = dict(placeholder.meta)
+        copies[placeholder] = node
         static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
         value = node.meta.get("example_value")
         node.meta["weight"] = static is not None or isinstance(value, torch.nn.Parameter)
-        graph_argument = node.meta.get("grapharg")
-        source = graph_argument.source.name if graph_argument is not None else str(node.target)
-        node.meta["argument"] = _argument(source, parameters)
-        if not node.meta["weight"]:
-            node._rename(re.sub(r"\W+", "_", node.meta["argument"]))
+        node.meta["argument"] = _argument(placeholder, parameters)
+    graph.output(graph.graph_copy(captured.graph, copies))
+    gm = fx.GraphModule(captured, graph)
+    gm.meta = {}
     return gm
 
 
-def _argument(source: str, parameters: Sequence[str]) -> str:
+def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:
     """``L['kwargs']['hidden_states']`` or ``L['args'][0]`` or ``L['x']`` -> a name."""
+    graph_argument = placeholder.meta.get("grapharg")
+    source = graph_argument.source.name if graph_argument is not None else str(placeholder.target)
     by_position = re.match(r"^L\['args'\]\[(\d+)\]$", source)
     if by_position:
         index = int(by_position[1])
         return parameters[index] if index < len(parameters) else f"args[{index}]"
     return re.sub(r"^L\['(?:kwargs'\]\[')?([^']*)'\]", r"\1", source)
+
+
+def _name_of(placeholder: fx.Node, parameters: Sequence[str]) -> str:
+    name = _argument(placeholder, parameters)
+    return name if name.isidentifier() else str(placeholder.name)
 
 
 def explain_failure(error: Exception, model: str) -> CaptureError:

@@ -346,7 +346,7 @@ class MixCacheRule(Rule):
 
     def __init__(
         self, *, interval: tuple[int, int] = (2, 5), start_interval: int = 3,
-        trigger: float = 0.01, warmup: float = 0.1, latest_start: float = 0.3,
+        trigger: float = 0.06, warmup: float = 0.1, latest_start: float = 0.3,
         shorten: float = 0.15, lengthen: float = 0.05,
         influence: tuple[float, float, float] = (1.0, 1.0, 1.0), repeat_penalty: float = 5.0,
         middle: tuple[int, int] = (1, 3),
@@ -357,15 +357,14 @@ class MixCacheRule(Rule):
         self.influence = dict(zip(("step", "cfg", "block"), influence, strict=True))
         self.penalty = repeat_penalty
         self.ranges = {"step": (0, 4), "block": middle}
-        self.on, self.distance, self.last_full = False, NAN, 0
+        self.on, self.last_full = False, 0
         self.chosen: str | None = None
         self.in_run = self.ended_run = False
 
     def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
         n = ref.num_steps
-        distance = math.tanh(ref.changes["latent", ""].rel)
-        settled = abs(distance - self.distance) < self.trigger
-        self.distance = distance
+        moved = ref.change("step")
+        settled = moved is not None and moved.rel / moved.gap < self.trigger
         if step >= max(5, math.ceil(self.warmup * n)) and (
             settled or step >= self.latest_start * n
         ):

@@ -41,7 +41,7 @@ def _takes_time(module: nn.Module) -> bool:
     return any(name in parameters for name in _TIME)
 
 
-def attach(pipe: P, wrap: Callable[[nn.Module], Any]) -> P:
+def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
     """Wrap every denoiser of a pipeline and let its scheduler tell requests and steps."""
     found = denoisers(pipe)
     if not found:
@@ -50,7 +50,11 @@ def attach(pipe: P, wrap: Callable[[nn.Module], Any]) -> P:
             f"`timestep`, found {sorted(pipe.components)}"  # type: ignore[attr-defined]
         )
     for name, module in found.items():
-        cached = wrap(module)
+        if hasattr(module, "denoiser"):
+            raise CachePassError(
+                f"`{name}` of this pipeline is compiled already: cachepass.restore(pipe) first"
+            )
+        cached = wrap(name, module)
         setattr(pipe, name, cached)
         follow(pipe.scheduler, cached.denoiser)  # type: ignore[attr-defined]
     return pipe

@@ -22,6 +22,9 @@ _SHORT = {
 }  # fmt: skip
 
 
+Names = dict[fx.Node, str]
+
+
 def format_graph(gm: fx.GraphModule) -> str:
     """The whole program: its inputs, its body with all arms, its slots, its regions."""
     layout = gm.meta.get("layout")
@@ -30,7 +33,7 @@ def format_graph(gm: fx.GraphModule) -> str:
     named = [n for n in inputs if not _is_weight(n)]
     head = ", ".join(f"{_name(n)}{_type(n)}" for n in named)
     lines.append(f"graph({head})  # and {len(inputs) - len(named)} weights")
-    _body(gm, lines, "    ")
+    _body(gm, lines, "    ", {})
     if isinstance(layout, Layout) and layout.slots:
         lines.append("slots:")
         lines += [
@@ -46,39 +49,48 @@ def format_graph(gm: fx.GraphModule) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _body(gm: fx.GraphModule, lines: list[str], indent: str) -> None:
+def _body(gm: fx.GraphModule, lines: list[str], indent: str, names: Names) -> None:
+    """`names`: how the arguments of an arm are called where it is used."""
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr") or _is_item(node):
             continue
         if node.op == "output":
-            values = ", ".join(_flat(node.args[0]))
-            lines.append(f"{indent}return {values}" if values else f"{indent}pass")
+            values = ", ".join(_flat(node.args[0], names))
+            if values:
+                lines.append(f"{indent}return {values}")
         elif node.target is ops.conditional:
             _, site, compute, reuse, operands = node.args
-            lines.append(f"{indent}{_results(node)} = if not reused {site!r}({_args(operands)}):")
-            _body(getattr(gm, str(compute.target)), lines, indent + "    ")
+            lines.append(f"{indent}{_results(node)} = if not reused {site!r}:")
+            _arm(gm, compute, operands, lines, indent, names)
             lines.append(f"{indent}else:")
-            _body(getattr(gm, str(reuse.target)), lines, indent + "    ")
+            _arm(gm, reuse, operands, lines, indent, names)
         elif node.target is ops.guard:
             _, when, arm, operands = node.args
-            lines.append(f"{indent}when {when.value}({_args(operands)}):")
-            _body(getattr(gm, str(arm.target)), lines, indent + "    ")
+            lines.append(f"{indent}when {when.value}:")
+            _arm(gm, arm, operands, lines, indent, names)
         else:
-            lines.append(indent + _line(node))
+            lines.append(indent + _line(node, names))
 
 
-def _line(node: fx.Node) -> str:
+def _arm(
+    gm: fx.GraphModule, attribute: Any, operands: Any, lines: list[str], indent: str, names: Names
+) -> None:
+    arm = getattr(gm, str(attribute.target))
+    inner = [n for n in arm.graph.nodes if n.op == "placeholder" and n.target != "frame"]
+    outer = {i: names.get(o, _name(o)) for i, o in zip(inner, operands, strict=True)}
+    _body(arm, lines, indent + "    ", outer)
+
+
+def _line(node: fx.Node, names: Names) -> str:
     place = place_of(node)
     if node.op == "call_module":
         note = f"  # {place.stack}[{place.block}]" if place else ""
         weights = sum(1 for a in node.args if isinstance(a, fx.Node) and _is_weight(a))
         note += f"{', ' if note else '  # '}{weights} weights" if weights else ""
-        return f"{_results(node)} = {node.target}({_args(node.args)}){note}"
+        return f"{_results(node)} = {node.target}({', '.join(_flat(node.args, names))}){note}"
     values = node.args[1:] if node.target in ops.FRAME_OPS else node.args
-    shown = [
-        *_flat(values),
-        *(f"{k}={', '.join(_flat(v))}" for k, v in node.kwargs.items()),
-    ]
+    keywords = (f"{k}={', '.join(_flat(v, names))}" for k, v in node.kwargs.items())
+    shown = [*_flat(values, names), *keywords]
     target = (
         node.target
         if isinstance(node.target, str)
@@ -106,15 +118,12 @@ def _is_item(node: fx.Node) -> bool:
     )
 
 
-def _args(values: Any) -> str:
-    return ", ".join(v for v in _flat(values) if v != "")
-
-
-def _flat(value: Any) -> list[str]:
+def _flat(value: Any, names: Names) -> list[str]:
     if isinstance(value, fx.Node):
-        return [] if value.target == "frame" or _is_weight(value) else [_name(value)]
+        hidden = value.target == "frame" or _is_weight(value)
+        return [] if hidden else [names.get(value, _name(value))]
     if isinstance(value, (tuple, list)):
-        return [text for v in value for text in _flat(v)]
+        return [text for v in value for text in _flat(v, names)]
     return [repr(value)]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from cachepass.runtime.denoiser import Denoiser
-from cachepass.runtime.session import CallRecord, Session
+from cachepass.runtime.session import CallRecord, History
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Report:
             share = request["blocks_skipped"]
             lines.append(
                 f"request {i}: {request['num_inference_steps'] or 'unknown'} steps, {calls}; "
-                f"{share:.1%} of block work skipped, {request['cache_bytes'] / 2**20:.1f} MiB held"
+                f"{share:.1%} of block work skipped, slots of {request['peak_cache_bytes']:,} bytes"
             )
             lines += [f"  note: {note}" for note in request["notes"]]
         compiles = self.data["compiles"]
@@ -51,17 +51,12 @@ class Report:
 def report_of(
     denoiser: Denoiser,
     *,
-    regions: int = 0,
-    seconds: float = 0.0,
-    only: Session | None = None,
+    only: History | None = None,
 ) -> Report:
-    """The report of a denoiser, or of one of its sessions.
-
-    `regions` and `seconds` are what Inductor compiled and how long that took.
-    """
+    """The report of a denoiser, or of one of its requests."""
     layout = denoiser.programs[-1].layout if denoiser.programs else None
     kinds = collections.Counter(s.kind.value for s in layout.sublayers) if layout else {}
-    sessions = [only] if only is not None else denoiser.requests
+    requests = [only] if only is not None else denoiser.requests
     notes = [f"{what}: {why}" for what, why in (layout.missing if layout else {}).items()]
     if not denoiser.programs:
         notes.append("nothing was captured yet: the first call does that")
@@ -78,36 +73,33 @@ def report_of(
             else [],
             "slots": [s.name for s in layout.slots.values()] if layout else [],
             "notes": notes,
-            "requests": [_request(s) for s in sessions if s.records or s is only],
+            "requests": [_request(r) for r in requests if r.records or r is only],
             "compiles": {
                 "graphs": len(denoiser.programs),
-                "regions": regions,
-                "seconds": seconds,
+                "regions": denoiser.regions,
+                "seconds": denoiser.compile_seconds,
             },
         }
     )
 
 
-def _request(session: Session) -> dict[str, Any]:
-    blocks = sum(r.blocks for r in session.records)
-    computed = sum(r.blocks_computed for r in session.records)
-    notes = list(session.notes)
-    if session.records and not any(any(r.reused) for r in session.records):
+def _request(history: History) -> dict[str, Any]:
+    records = history.records
+    blocks = sum(r.blocks for r in records)
+    computed = sum(r.blocks_computed for r in records)
+    notes = list(history.notes)
+    if records and not history.reused:
         notes.append("nothing was reused")
     return {
-        "num_inference_steps": session.num_steps,
-        "calls": dict(collections.Counter(_label(r) for r in session.records)),
+        "num_inference_steps": history.num_steps,
+        "calls": dict(collections.Counter(_label(r) for r in records)),
         "blocks_computed": computed,
         "blocks": blocks,
         "blocks_skipped": 1 - computed / blocks if blocks else 0.0,
-        "cache_bytes": session.cache_bytes,
+        "peak_cache_bytes": history.peak_bytes,
         "steps": [
-            {
-                "step": r.step,
-                "branch": r.branch,
-                "reused": [sorted(names) for names in r.reused],
-            }
-            for r in session.records
+            {"step": r.step, "branch": r.branch, "reused": [sorted(names) for names in r.reused]}
+            for r in records
         ],
         "notes": notes,
     }

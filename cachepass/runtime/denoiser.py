@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from cachepass.ir.boundary import Layout, layout_of
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
-from cachepass.runtime.session import ENTERED, Location, Session
+from cachepass.runtime.session import ENTERED, History, Session
 
 Driver = Callable[..., Any]
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
@@ -43,11 +43,17 @@ class Denoiser:
     `begin_request` and `end_step`); the fields of `cache_context`; the calls themselves.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, num_steps: int | None = None) -> None:
         self.policy = policy
+        self.num_steps = num_steps
+        """Of requests for which nothing else tells it."""
+
+        self.regions, self.compile_seconds = 0, 0.0
+        """What was compiled so far, and how long that took."""
+
         self.sites = {site.name: site for site in policy.sites()}
         self.programs: list[Program] = []
-        self.requests: list[Session] = []
+        self.requests: list[History] = []
         self.lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._request: Session | None = None
@@ -57,11 +63,11 @@ class Denoiser:
     # -------------------------------------------------------------------- requests
 
     def new_session(self, num_steps: int | None) -> Session:
-        """A session of this model; the latest few stay in the report."""
+        """A session of this model; the histories of the latest few stay in the report."""
         session = Session(self, num_steps)
         with self.lock:
             self._sessions.add(session)
-            self.requests = [*self.requests[1 - _KEEP_REQUESTS :], session]
+            self.requests = [*self.requests[1 - _KEEP_REQUESTS :], session.history]
         return session
 
     def begin_request(self, num_steps: int) -> None:
@@ -77,10 +83,10 @@ class Denoiser:
         self._request_step += 1
         if self._request_step == self._request.num_steps:
             self._request.drop()
-            self._warn_if_useless(self._request)
 
-    def _warn_if_useless(self, request: Session) -> None:
-        if self._warned or not self.sites or any(any(r.reused) for r in request.records):
+    def warn_if_useless(self, request: History) -> None:
+        """Say once that a whole request reused nothing."""
+        if self._warned or not self.sites or request.reused:
             return
         self._warned = True
         warnings.warn(
@@ -116,13 +122,14 @@ class Denoiser:
             ):  # fmt: skip
                 session = self._request = self.new_session(hint.num_steps)
         if session is None:
-            session = self._request = self.new_session(None)
+            session = self._request = self.new_session(self.num_steps)
         if step is None or branch is None:
             moment = float(time.flatten()[0]) if time is not None else 0.0
             told, guess, restarted = session.clock.tick(moment, conditioning)
             if restarted and entered is None and self._request_step is None:
                 clock = session.clock
-                session = self._request = self.new_session(None)
+                session.drop()
+                session = self._request = self.new_session(self.num_steps)
                 session.clock = clock
                 session.note("a request was taken to start where the timestep turned back")
             step = told if step is None else step
@@ -192,7 +199,9 @@ class Program:
         except BaseException:
             frame.session.drop()
             raise
-        frame.session.records.append(frame.record())
+        frame.session.record(frame.record())
+        if frame.step + 1 == frame.session.num_steps:
+            self.denoiser.warn_if_useless(frame.session.history)
         return result
 
     def _driver(self, args: Sequence[Any]) -> Driver:
@@ -208,6 +217,3 @@ class Program:
                 if driver is None:
                     driver = self._drivers[key] = self._lower(self.gm, args)
         return driver
-
-
-__all__ = ["HINT", "Denoiser", "Hint", "Location", "Program"]

@@ -73,7 +73,9 @@ class Frame:
 
     def observe(self, signal: str, sums: Tensor) -> None:
         """See `ir.ops.observe`."""
-        key = (self.branch, signal)
+        slot = self.layout.slots.get(signal)
+        shared = slot is not None and slot.across_branches
+        key = (None if shared else self.branch, signal)
         before = self.session.signals.get(key)
         gap = self.step - before.step if before is not None else 1
         self.session.signals[key] = Observation(sums, self.step, max(gap, 1))
@@ -82,7 +84,7 @@ class Frame:
         """Signals of this row; those of all branches together where they decide together."""
         found: dict[str, Measure] = {}
         for (branch, name), observation in self.session.signals.items():
-            if branch != self.branch and not self.policy.shared_by_branches:
+            if branch not in (None, self.branch) and not self.policy.shared_by_branches:
                 continue
             measure = observation.row(row)
             other = found.get(name)

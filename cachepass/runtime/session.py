@@ -40,6 +40,21 @@ class CallRecord:
     blocks: int
 
 
+@dataclasses.dataclass(slots=True)
+class History:
+    """What a report says of a request; outlives its session and holds no tensors."""
+
+    num_steps: int | None
+    records: list[CallRecord] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def reused(self) -> bool:
+        """Whether any call reused anything."""
+        return any(any(r.reused) for r in self.records)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
     """An explicit answer to: which session, step and branch?"""
@@ -66,7 +81,7 @@ class Session:
         self.owner = owner
         self.num_steps = num_inference_steps
         self.slots: dict[tuple[str | None, str], Kept] = {}
-        self.signals: dict[tuple[str, str], Observation] = {}
+        self.signals: dict[tuple[str | None, str], Observation] = {}
         self.states: dict[tuple[str | None, int], Any] = {}
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
         self.signature: object = None
@@ -74,8 +89,7 @@ class Session:
         self.step = -1
         self.branches_in_step: list[str] = []
         self.branches: list[str] = []
-        self.records: list[CallRecord] = []
-        self.notes: list[str] = []
+        self.history = History(num_inference_steps)
         self.clock = Clock()
         self._lock = threading.Lock()
         self._thread: int | None = None
@@ -159,8 +173,13 @@ class Session:
 
     def note(self, text: str) -> None:
         """Remember something the report should say, once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        if text not in self.history.notes:
+            self.history.notes.append(text)
+
+    def record(self, call: CallRecord) -> None:
+        """Add a call to the history."""
+        self.history.records.append(call)
+        self.history.peak_bytes = max(self.history.peak_bytes, self.cache_bytes)
 
     def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether every slot of a site holds a good value for a row of a branch."""

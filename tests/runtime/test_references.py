@@ -101,7 +101,7 @@ def test_adacache_with_motion(scale: float) -> None:
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_mixcache(branches: tuple[str, ...], options: dict[str, Any]) -> None:
     defaults: dict[str, Any] = {
-        "interval": (2, 5), "start_interval": 3, "trigger": 0.01, "warmup": 0.1,
+        "interval": (2, 5), "start_interval": 3, "trigger": 0.06, "warmup": 0.1,
         "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
     }  # fmt: skip
     chosen = defaults | options

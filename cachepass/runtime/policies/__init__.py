@@ -41,6 +41,10 @@ def resolve(policy: str | Policy, options: dict[str, Any] | None = None) -> Poli
             )
         return policy
     known = policies()
+    if isinstance(policy, type) and issubclass(policy, Policy):
+        raise PolicyError(
+            f"`policy` is the class {policy.__name__}: did you mean {policy.__name__}()?"
+        )
     if not isinstance(policy, str) or policy not in known:
         raise PolicyError(f"unknown policy {policy!r}: choose one of {', '.join(sorted(known))}")
     kind = known[policy]

@@ -67,6 +67,9 @@ class Schedule(Policy):
             )
         object.__setattr__(self, "reuse", MappingProxyType(frozen))
 
+    def __repr__(self) -> str:
+        return f"Schedule(reuse={dict(self.reuse)!r}, blocks={self.blocks!r})"
+
     def __hash__(self) -> int:
         return hash((tuple(self.reuse.items()), self.blocks))
 

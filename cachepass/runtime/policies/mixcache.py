@@ -35,8 +35,8 @@ class MixCache(Policy):
     - Trigger: caching starts once the stack's residual changes by less than `trigger` from one
       step to the next, after the warm-up, and at `latest_start` in any case [ours]. The
       latent's distance tanh(rel(x_t, x_{t-1})), which the same authors use elsewhere, is
-      no trigger for 50 flow-matching steps: it moves by less than .001 a step from the
-      start, so a bound of .01 never holds caching back (docs/policies.md has the figures).
+      no trigger for 50 flow-matching steps: its own change stays below .0015 a step over
+      the first half, so a bound of .01 never holds caching back (docs/policies.md has the figures).
     - Choice: the smallest ``P = D * I``, D the change of the cached object per step between
       the last two full steps, I its influence; a factor `repeat_penalty` on the one
       chosen last, against choosing it twice in a row [2nd].

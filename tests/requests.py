@@ -75,6 +75,12 @@ def decisions(session: cachepass.Session, row: int = 0) -> list[tuple[int, str, 
     return [(c["step"], c["branch"], c["reused"][row]) for c in request["steps"]]
 
 
+def notes(session: cachepass.Session) -> str:
+    """What the report says about a request, in words."""
+    (request,) = cachepass.report(session).to_dict()["requests"]
+    return "\n".join(request["notes"])
+
+
 def assert_follows(model: Any, reference: Reference, **options: Any) -> None:
     """The same decisions, and the same numbers after each call."""
     outputs, session = run(model, steps=reference.num_steps, **options)

@@ -41,6 +41,10 @@ def _takes_time(module: nn.Module) -> bool:
     return any(name in parameters for name in _TIME)
 
 
+def _is_cached(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "denoiser", None), Denoiser)
+
+
 def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
     """Wrap every denoiser of a pipeline and let its scheduler tell requests and steps."""
     found = denoisers(pipe)
@@ -50,7 +54,7 @@ def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
             f"`timestep`, found {sorted(pipe.components)}"  # type: ignore[attr-defined]
         )
     for name, module in found.items():
-        if hasattr(module, "denoiser"):
+        if _is_cached(module):
             raise CachePassError(
                 f"`{name}` of this pipeline is compiled already: cachepass.restore(pipe) first"
             )
@@ -63,7 +67,7 @@ def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
 def detach(pipe: P) -> P:
     """Put the plain denoisers and the plain scheduler back."""
     for name, module in denoisers(pipe).items():
-        if hasattr(module, "denoiser"):
+        if _is_cached(module):
             setattr(pipe, name, module._orig_mod)
     scheduler: Any = pipe.scheduler  # type: ignore[attr-defined]
     for name in ("set_timesteps", "step", _CLOCK):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cachepass
 from tests.models import WAN, as_tensor
-from tests.requests import caller, decisions, denoise, plain, run
+from tests.requests import caller, decisions, denoise, notes, plain, run
 
 STEPS = 6
 FIRSTBLOCK = cachepass.FirstBlock(threshold=0.1)
@@ -163,7 +163,7 @@ def test_a_new_resolution_starts_cold(dynamic: bool | None) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)  # nothing has changed
         calls.append(bool(decisions(session)[-1][2]))
     assert calls == [False, True, False, True, False, False]
-    assert any("caches dropped" in note for note in session.notes)
+    assert "caches dropped" in notes(session)
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "load_state_dict"])
@@ -192,7 +192,7 @@ def test_a_changed_weight_drops_the_slots(how: str) -> None:
 
 def test_reset_drops_everything() -> None:
     cached = _compile(WAN.model())
-    _, session = run(cached, steps=3)
+    _, session = run(cached, steps=STEPS)
     assert session.cache_bytes > 0
     cachepass.reset(cached)
     assert session.cache_bytes == 0

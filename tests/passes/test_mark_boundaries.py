@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cachepass
+from cachepass.ir.boundary import Kind, layout_of, place_of
+from cachepass.passes import MarkBoundaries
+from tests.graphs import capture
+from tests.models import TINY, TOY, WAN
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
+EXPECTED: dict[str, tuple[dict[str, int], str, str]] = {
+    "wan": ({"blocks": 4}, "hidden_states", "timestep"),
+    "cogvideox": ({"transformer_blocks": 2}, "hidden_states", "timestep"),
+    "flux": (
+        {"transformer_blocks": 2, "single_transformer_blocks": 2},
+        "hidden_states",
+        "timestep",
+    ),
+    "hunyuan": (
+        {"transformer_blocks": 2, "single_transformer_blocks": 2},
+        "hidden_states",
+        "timestep",
+    ),
+    "ltx": ({"transformer_blocks": 2}, "hidden_states", "timestep"),
+    "mochi": ({"transformer_blocks": 2}, "hidden_states", "timestep"),
+    "toy": ({"layers": 3}, "x", "t"),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_stacks_and_inputs(name: str) -> None:
+    captured = capture(TINY[name])
+    layout = layout_of(captured.run(MarkBoundaries()))
+    stacks, latent, timestep = EXPECTED[name]
+    assert layout.stacks == stacks
+    assert layout.inputs[latent] is layout.latent
+    assert layout.inputs[timestep] is layout.timestep
+    assert captured.matches()
+    assert all(place_of(s.residual) for s in layout.sublayers)
+
+
+def test_sublayers_of_wan() -> None:
+    layout = layout_of(capture(WAN).run(MarkBoundaries()))
+    kinds = [(s.block, s.name, s.kind) for s in layout.sublayers]
+    assert kinds == [
+        (block, name, kind)
+        for block in range(4)
+        for name, kind in (
+            ("attn1", Kind.SELF_ATTENTION),
+            ("attn2", Kind.CROSS_ATTENTION),
+            ("ffn", Kind.MLP),
+        )
+    ]
+    assert layout.timestep_embedding is not None
+    assert layout.patches is not None
+
+
+def test_marked_graphs_are_left_alone() -> None:
+    captured = capture()
+    gm = captured.run(MarkBoundaries())
+    result = MarkBoundaries()(gm)
+    assert not result.modified
+    assert result.graph_module is gm
+
+
+class NoBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        out: Tensor = self.net(x) * timestep
+        return out
+
+
+class NoLatent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * timestep
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (NoBlocks(), (1, 2, 4), r"no stack of repeated blocks: .*found \{'net': "),
+        (NoLatent(), (2, 4), r"no latent among the model's arguments: .*'timestep', 'x'"),
+    ],
+)
+def test_models_that_offer_nothing(model: Any, shape: tuple[int, ...], message: str) -> None:
+    cached = cachepass.compile(model.eval(), policy="compute", inner="eager")
+    with pytest.raises(cachepass.CaptureError, match=message):
+        cached(torch.randn(shape), torch.ones(1))
+
+
+def test_layout_is_asked_for_in_order() -> None:
+    with pytest.raises(LookupError, match="run MarkBoundaries first"):
+        layout_of(capture(TOY).gm)

@@ -10,7 +10,7 @@ from torch import fx
 from cachepass.errors import PolicyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Site, Slot, Sublayer, Sublayers, layout_of
-from cachepass.ir.graph import add_guard, frame_of, insert_conditional
+from cachepass.ir.graph import add_guard, insert_conditional
 from cachepass.pass_manager import PassResult
 
 
@@ -83,7 +83,6 @@ def _wrap(gm: fx.GraphModule, site: Sublayers, sublayer: Sublayer) -> None:
         cached.meta["example_value"] = residual.meta["example_value"]
         return (cached,)
 
-    frame_of(gm)
     conditional = insert_conditional(
         gm, site.name, sublayer.nodes, (residual,), extend=extend, reuse=reuse
     )

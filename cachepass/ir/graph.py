@@ -97,14 +97,6 @@ def copy_into(
     return attributes
 
 
-def module_of(owner: nn.Module, graph: fx.Graph, attributes: Iterable[str]) -> fx.GraphModule:
-    """A GraphModule with the named attributes of `owner`, shared, not copied."""
-    root = {name: getattr(owner, name) for name in sorted(attributes)}
-    gm = fx.GraphModule(root, graph)
-    gm.meta = {}
-    return gm
-
-
 def build_arm(
     owner: fx.GraphModule,
     operands: Sequence[fx.Node],

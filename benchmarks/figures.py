@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -41,7 +42,11 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**dataclasses.asdict(self), "met": self.met}
+        estimate = {
+            name: None if math.isnan(value) else value  # JSON knows no NaN
+            for name, value in dataclasses.asdict(self.estimate).items()
+        }
+        return {**dataclasses.asdict(self), "estimate": estimate, "met": self.met}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

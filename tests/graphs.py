@@ -43,6 +43,7 @@ class Captured:
 
 def capture(tiny: Tiny = TOY, seed: int = 0) -> Captured:
     """The graph of one call of a tiny model."""
+    torch.compiler.reset()  # captures count against a limit for each forward
     found: list[Captured] = []
 
     def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
@@ -55,7 +56,7 @@ def capture(tiny: Tiny = TOY, seed: int = 0) -> Captured:
         return call
 
     with torch.no_grad():
-        model = torch.compile(tiny.model(seed), backend=backend, fullgraph=True)
+        model: Any = torch.compile(tiny.model(seed), backend=backend, fullgraph=True)
         output = as_tensor(model(**tiny.example()))
     found[0].output = output
     return found[0]

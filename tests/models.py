@@ -186,7 +186,8 @@ class ToyBlock(nn.Module):
         q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.proj(h)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class ToyDiT(nn.Module):
@@ -207,7 +208,7 @@ class ToyDiT(nn.Module):
         c = self.time(t[:, None].float()) + self.label(y)
         for layer in self.layers:
             tokens = layer(tokens, c)
-        out = self.out(tokens).unflatten(1, (h, w)).unflatten(-1, (3, 2, 2))
+        out: Tensor = self.out(tokens).unflatten(1, (h, w)).unflatten(-1, (3, 2, 2))
         out = out.permute(0, 3, 1, 4, 2, 5)
         return out.flatten(4, 5).flatten(2, 3)
 

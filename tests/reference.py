@@ -46,7 +46,7 @@ class Rule:
     shared = False
     """Whether the first call of a step decides for all calls of the step."""
 
-    ranges: dict[str, tuple[int, int]] = {}
+    ranges: tuple[tuple[str, tuple[int, int]], ...] = ()
     """Sites that are runs of blocks; "cfg", "attention" and "mlp" go by their names."""
 
     whole_call: str | None = None
@@ -125,7 +125,7 @@ class Reference:
             assert whole is not None
             out = self.kept[whole, branch].clone()
         else:
-            ranges = sorted(self.rule.ranges.items(), key=lambda r: r[1][0] - r[1][1])
+            ranges = sorted(self.rule.ranges, key=lambda r: r[1][0] - r[1][1])
             h = self._run(h, start, len(self.model.blocks), ranges, branch, reused, full, step)
             out = self._epilogue(h, temb, latent)
             if full and whole is not None:
@@ -247,7 +247,7 @@ class ScheduleRule(Rule):
 
     def __init__(self, table: dict[int, tuple[str, ...]], middle: tuple[int, int]) -> None:
         self.table = table
-        self.ranges = {"stack": (0, 4), "block": middle}
+        self.ranges = (("stack", (0, 4)), ("block", middle))
 
     def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
         return set(self.table.get(step, ()))
@@ -257,7 +257,7 @@ class FirstBlockRule(Rule):
     """The residual of block 0 against that of the last full call."""
 
     probe = 0
-    ranges = {"tail": (1, 4)}
+    ranges = (("tail", (1, 4)),)
 
     def __init__(self, threshold: float, warmup_steps: int = 0) -> None:
         self.threshold, self.warmup_steps = threshold, warmup_steps
@@ -270,7 +270,7 @@ class FirstBlockRule(Rule):
 class TeaCacheRule(Rule):
     """Equation 7: add up poly(rel change of the modulation) until it passes the threshold."""
 
-    ranges = {"stack": (0, 4)}
+    ranges = (("stack", (0, 4)),)
 
     def __init__(
         self, threshold: float, coefficients: tuple[float, ...] = (1.0, 0.0), warmup: int = 1
@@ -292,7 +292,7 @@ class AdaCacheRule(Rule):
     """The attention residual of a middle block says how many steps may pass."""
 
     shared = True
-    ranges = {"stack": (0, 4)}
+    ranges = (("stack", (0, 4)),)
 
     def __init__(
         self, codebook: tuple[tuple[float, int], ...], *, motion: bool, scale: float = 0.385,
@@ -339,16 +339,22 @@ class AdaCacheRule(Rule):
         return {"stack"}
 
 
+MIXCACHE: dict[str, Any] = {
+    "interval": (2, 5), "start_interval": 3, "trigger": 0.06, "warmup": 0.1,
+    "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
+}  # fmt: skip
+"""Numbers under which a short request has runs of every granularity; not the defaults."""
+
+
 class MixCacheRule(Rule):
     """One full step, then some cached ones, each at the granularity that costs least."""
 
     shared = True
 
     def __init__(
-        self, *, interval: tuple[int, int] = (2, 5), start_interval: int = 3,
-        trigger: float = 0.06, warmup: float = 0.1, latest_start: float = 0.3,
-        shorten: float = 0.15, lengthen: float = 0.05,
-        influence: tuple[float, float, float] = (1.0, 1.0, 1.0), repeat_penalty: float = 5.0,
+        self, *, interval: tuple[int, int], start_interval: int, trigger: float, warmup: float,
+        latest_start: float, shorten: float, lengthen: float, repeat_penalty: float,
+        influence: tuple[float, float, float] = (1.0, 1.0, 1.0),
         middle: tuple[int, int] = (1, 3),
     ) -> None:  # fmt: skip
         self.bounds, self.interval = interval, start_interval
@@ -356,7 +362,7 @@ class MixCacheRule(Rule):
         self.shorten, self.lengthen = shorten, lengthen
         self.influence = dict(zip(("step", "cfg", "block"), influence, strict=True))
         self.penalty = repeat_penalty
-        self.ranges = {"step": (0, 4), "block": middle}
+        self.ranges = (("step", (0, 4)), ("block", middle))
         self.on, self.last_full = False, 0
         self.chosen: str | None = None
         self.in_run = self.ended_run = False

@@ -30,7 +30,7 @@ def denoise(
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(rows, 4, 2, size, size, generator=generator)
     text = {b: torch.randn(rows, 5, 16, generator=generator) for b in branches}
-    outputs = []
+    outputs: list[Tensor] = []
     for step in range(steps):
         time = torch.full((rows,), 1000.0 * (1 - step / steps))
         found = {b: call(step, b, latent, time, text[b]) for b in branches}

@@ -196,7 +196,9 @@ def test_each_rule(make: Callable[[], Draft], message: str) -> None:
 
 def test_a_random_draw_inside_a_region_counts() -> None:
     def draw(graph: fx.Graph, a: fx.Node) -> Any:
-        return graph.call_function(torch.nn.functional.relu, (graph.call_function(torch.rand_like, (a,)),))
+        return graph.call_function(
+            torch.nn.functional.relu, (graph.call_function(torch.rand_like, (a,)),)
+        )
 
     inner = _region(draw)().modules["block"]
     graph = fx.Graph()

@@ -36,9 +36,7 @@ def examples(count: int) -> settings:
     table=st.dictionaries(st.integers(0, STEPS - 1), SOME),
     branches=st.sampled_from([BOTH, ("cond",), ("uncond", "cond")]),
 )
-def test_any_schedule_over_one_graph(
-    table: dict[int, set[str]], branches: tuple[str, ...]
-) -> None:
+def test_any_schedule_over_one_graph(table: dict[int, set[str]], branches: tuple[str, ...]) -> None:
     model, cached, policy = _scripted()
     policy.begin({(s, b, 0): names for s, names in table.items() for b in branches})
     rule = ScheduleRule({s: tuple(names) for s, names in table.items()}, middle=(1, 3))

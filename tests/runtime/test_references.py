@@ -10,6 +10,7 @@ import torch
 import cachepass
 from tests.models import WAN
 from tests.reference import (
+    MIXCACHE,
     AdaCacheRule,
     FirstBlockRule,
     MixCacheRule,
@@ -48,7 +49,7 @@ def test_the_reference_is_the_model() -> None:
 @pytest.mark.parametrize("kind", ["step", "cfg", "stack", "block", "attention", "mlp"])
 def test_schedule(kind: str) -> None:
     table = {2: kind, 3: kind, 6: kind, 9: kind}
-    rule = ScheduleRule({step: (kind,) for step in table}, middle=(1, 3))
+    rule = ScheduleRule(dict.fromkeys(table, (kind,)), middle=(1, 3))
     reference = check(cachepass.Schedule(reuse=table), rule)
     cached = [(s, b) for s, b, names in reference.decisions if names == [kind]]
     branches = ("uncond",) if kind == "cfg" else BOTH
@@ -100,11 +101,7 @@ def test_adacache_with_motion(scale: float) -> None:
 )
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_mixcache(branches: tuple[str, ...], options: dict[str, Any]) -> None:
-    defaults: dict[str, Any] = {
-        "interval": (2, 5), "start_interval": 3, "trigger": 0.06, "warmup": 0.1,
-        "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
-    }  # fmt: skip
-    chosen = defaults | options
+    chosen = MIXCACHE | options
     reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen), branches=branches)
     kinds = {name for _, _, names in reference.decisions for name in names}
     assert "cfg" not in kinds or len(branches) == 2

@@ -30,7 +30,7 @@ class Case:
     what: str
     layers: int
     cache: str
-    """Cases that name the same cache share one; the first finds it empty."""
+    """A folder; the first to name it finds it empty. Inductor cannot cope with spaces."""
 
 
 # The order is part of it: a warm start follows what fills its cache.
@@ -38,8 +38,8 @@ CASES = (
     Case(name="plain 12", what="plain", layers=SHALLOW, cache="plain"),
     Case(name="compute 12", what="compute", layers=SHALLOW, cache="compute"),
     Case(name="mixcache 12", what="mixcache", layers=SHALLOW, cache="mixcache"),
-    Case(name="plain 40", what="plain", layers=DEEP, cache="plain deep"),
-    Case(name="compute 40", what="compute", layers=DEEP, cache="compute deep"),
+    Case(name="plain 40", what="plain", layers=DEEP, cache="plain-deep"),
+    Case(name="compute 40", what="compute", layers=DEEP, cache="compute-deep"),
     Case(name="plain 12, warm", what="plain", layers=SHALLOW, cache="plain"),
     Case(name="compute 12, warm", what="compute", layers=SHALLOW, cache="compute"),
     Case(name="mixcache 12, warm", what="mixcache", layers=SHALLOW, cache="mixcache"),

@@ -10,7 +10,6 @@ from cachepass.ir.boundary import Blocks, Kind, Signal, Site, SublayerChange
 from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
 from cachepass.runtime.triggers import look_up
 
-
 FAST_30 = ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (1.0, 1))
 SLOW_30 = ((0.08, 3), (0.16, 2), (1.0, 1))
 FAST_100 = ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
@@ -64,7 +65,8 @@ def lower(
     compiler: RegionCompiler,
 ) -> Callable[..., Any]:
     """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
-    mode = FakeTensorMode()
+    # Inductor's cache of graphs works under a shape environment only, even an empty one.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
     with mode, torch.no_grad():
         fakes = [
             mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args

@@ -89,19 +89,25 @@ def test_adacache_with_motion(scale: float) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"repeat_penalty": 1.0, "trigger": 1.0},
-        {"interval": (2, 3), "start_interval": 2, "shorten": 0.02, "lengthen": 0.01},
-        {"influence": (3.0, 1.0, 0.5), "latest_start": 0.5, "interval": (2, 6)},
-        {"shorten": 9.0, "lengthen": 8.0, "trigger": 1.0},
-    ],
-)
-@pytest.mark.parametrize("branches", [BOTH, ("cond",)])
-def test_mixcache(branches: tuple[str, ...], options: dict[str, Any]) -> None:
+MIXES: list[dict[str, Any]] = [
+    {},
+    {"repeat_penalty": 1.0, "trigger": 1.0},
+    {"interval": (2, 3), "start_interval": 2, "shorten": 0.02, "lengthen": 0.01},
+    {"influence": (3.0, 1.0, 0.5), "latest_start": 0.5, "interval": (2, 6)},
+    {"shorten": 9.0, "lengthen": 8.0, "trigger": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", MIXES)
+def test_mixcache(options: dict[str, Any]) -> None:
     chosen = MIXCACHE | options
-    reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen), branches=branches)
+    reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen))
     kinds = {name for _, _, names in reference.decisions for name in names}
-    assert "cfg" not in kinds or len(branches) == 2
+    assert len(kinds) == (1 if options.get("repeat_penalty") == 1.0 else 2)
+
+
+@pytest.mark.parametrize("options", MIXES[:2])
+def test_mixcache_without_guidance(options: dict[str, Any]) -> None:
+    chosen = MIXCACHE | options
+    reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen), branches=("cond",))
+    assert not any("cfg" in names for _, _, names in reference.decisions)

@@ -19,7 +19,7 @@ class FirstBlock(Policy):
 
     name: ClassVar[str] = "firstblock"
 
-    threshold: float = 0.08
+    threshold: float = 0.05
     """Relative L1 change up to which the tail is reused: .05 Wan, .06 Hunyuan, .08 FLUX [code]."""
 
     warmup_steps: int = 0

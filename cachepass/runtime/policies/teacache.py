@@ -23,7 +23,7 @@ class TeaCache(Policy):
 
     name: ClassVar[str] = "teacache"
 
-    threshold: float = 0.15
+    threshold: float = 0.1
     """Accumulated change up to which is reused; belongs to `coefficients`."""
 
     coefficients: tuple[float, ...] = (1.0, 0.0)
@@ -33,7 +33,7 @@ class TeaCache(Policy):
     -8.29855975, .137887774) with threshold .05 to .08."""
 
     warmup_steps: int = 1
-    """Steps at the start that are computed in any case (5 with Wan's "ret steps")."""
+    """Steps at the start that are computed in any case: 5 with Wan's "ret steps" [code]."""
 
     def __post_init__(self) -> None:
         check(self.threshold >= 0, self, "threshold", "at least 0")

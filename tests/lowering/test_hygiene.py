@@ -1,0 +1,129 @@
+"""Everything compiles at the first generation, in one graph, and never again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import compilation_time_metrics, counters
+
+import cachepass
+from tests.models import TINY, TOY, WAN, as_tensor, distance
+from tests.reference import MIXCACHE, FirstBlockRule, MixCacheRule, Reference, Rule
+from tests.requests import assert_follows, run
+
+STEPS = 12
+POLICIES: dict[str, cachepass.Policy] = {
+    "firstblock": cachepass.FirstBlock(threshold=0.1),
+    "teacache": cachepass.TeaCache(threshold=0.3),
+    "adacache": cachepass.AdaCache(codebook=((0.2, 2), (1.0, 1))),
+    "mixcache": cachepass.MixCache(**MIXCACHE),
+    **{
+        f"schedule-{kind}": cachepass.Schedule(reuse={2: kind, 3: kind, 7: kind})
+        for kind in ("step", "cfg", "stack", "block", "attention", "mlp")
+    },
+}
+
+
+def _compiled() -> int:
+    return sum(len(times) for times in compilation_time_metrics.values())
+
+
+def _compiles(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = cachepass.report(model).to_dict()["compiles"]
+    return found
+
+
+def _check(policy: cachepass.Policy) -> None:
+    counters.clear()
+    cached = cachepass.compile(WAN.model(), policy=policy)
+    _, session = run(cached, steps=STEPS, seed=3)
+    (request,) = cachepass.report(session).to_dict()["requests"]
+    assert request["blocks_skipped"] > 0 or any(any(c["reused"]) for c in request["steps"])
+    before, compiled = _compiles(cached), _compiled()
+    assert before["graphs"] == 1
+    assert before["regions"] > 0
+    run(cached, steps=STEPS, seed=4)
+    run(cached, steps=STEPS - 2, seed=5, branches=("cond",))
+    assert _compiles(cached) == before
+    assert _compiled() == compiled
+    assert dict(counters["graph_break"]) == {}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"]
+
+
+def test_two_generations_compile_once() -> None:
+    _check(POLICIES["firstblock"])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [n for n in POLICIES if n != "firstblock"])
+def test_two_generations_compile_once_under(name: str) -> None:
+    _check(POLICIES[name])
+
+
+def _follow(policy: cachepass.Policy, rule: Rule) -> None:
+    model = WAN.model()
+    reference = Reference(model, rule, STEPS)
+    assert_follows(cachepass.compile(model, policy=policy), reference)
+    assert any(reused for _, _, reused in reference.decisions)
+
+
+def test_inductor_follows_the_reference() -> None:
+    _follow(cachepass.MixCache(**MIXCACHE), MixCacheRule(**MIXCACHE))
+
+
+@pytest.mark.full
+def test_inductor_follows_the_reference_of_firstblock() -> None:
+    _follow(cachepass.FirstBlock(threshold=0.1), FirstBlockRule(0.1))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("policy", ["firstblock", "schedule-stack", "schedule-attention"])
+def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
+    """Two calls, the second reused, on every model: Inductor against eager."""
+    tiny = TINY[name]
+    outputs = []
+    for inner in ("eager", "inductor"):
+        cached = cachepass.compile(
+            tiny.model(),
+            policy=cachepass.FirstBlock(threshold=1e9)
+            if policy == "firstblock"
+            else cachepass.Schedule(reuse={1: policy.removeprefix("schedule-")}),
+            inner=inner,
+        )
+        session = cachepass.session(cached, num_inference_steps=3)
+        found = []
+        for step, seed in enumerate((1, 2)):
+            with session.at(step=step):
+                found.append(as_tensor(cached(**tiny.example(seed))))
+        (request,) = cachepass.report(session).to_dict()["requests"]
+        assert [bool(c["reused"][0]) for c in request["steps"]] == [False, True]
+        outputs.append(found)
+    for eager, compiled in zip(*outputs, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_resolution_compiles_and_is_right() -> None:
+    model = TOY.model()
+    cached = cachepass.compile(model, policy="compute")
+    for size in (8, 6):
+        x, t, y = torch.randn(1, 3, size, size), torch.tensor([0.5]), torch.tensor([1])
+        with torch.no_grad():
+            assert distance(cached(x, t, y), model(x, t, y)) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_resolutions_of_wan(dynamic: bool | None) -> None:
+    model = WAN.model()
+    cached = cachepass.compile(model, policy=POLICIES["firstblock"], dynamic=dynamic)
+    inputs = WAN.example()
+    session = cachepass.session(cached, num_inference_steps=9)
+    for step, size in enumerate((8, 12, 16, 8)):
+        inputs["hidden_states"] = torch.randn(1, 4, 2, size, size)
+        with session.at(step=step), torch.no_grad():
+            assert distance(as_tensor(cached(**inputs)), as_tensor(model(**inputs))) < 1e-5

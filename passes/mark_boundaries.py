@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import re
 from collections.abc import Sequence
 
@@ -265,7 +266,17 @@ def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
                 cone.add(node)
         elif node.users and all(u in cone for u in node.users):
             cone.add(node)
-    return tuple(n for n in nodes if n in cone)
+    # Items are taken where their tuple is made: a tuple is no operand of a region.
+    return tuple(n for n in nodes if n in cone and not (_takes_item(n) and n.args[0] not in cone))
+
+
+def _takes_item(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return (
+        node.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and isinstance(source.meta.get("example_value"), (tuple, list))
+    )
 
 
 def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node]) -> Kind:

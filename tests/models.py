@@ -122,7 +122,7 @@ def _hunyuan_inputs() -> dict[str, Any]:
         "hidden_states": torch.randn(1, 4, 2, 8, 8),
         "timestep": torch.tensor([900]),
         "encoder_hidden_states": torch.randn(1, 6, 16),
-        "encoder_attention_mask": torch.ones(1, 6),
+        "encoder_attention_mask": (torch.arange(6)[None] < torch.randint(2, 6, (1, 1))).float(),
         "pooled_projections": torch.randn(1, 8),
         "guidance": torch.tensor([6000.0]),
         "return_dict": False,
@@ -142,7 +142,7 @@ def _ltx_inputs() -> dict[str, Any]:
         "hidden_states": torch.randn(1, 2 * 4 * 4, 8),
         "encoder_hidden_states": torch.randn(1, 5, 16),
         "timestep": torch.tensor([900]),
-        "encoder_attention_mask": torch.ones(1, 5),
+        "encoder_attention_mask": (torch.arange(5)[None] < torch.randint(2, 5, (1, 1))).float(),
         "num_frames": 2,
         "height": 4,
         "width": 4,
@@ -164,7 +164,7 @@ def _mochi_inputs() -> dict[str, Any]:
         "hidden_states": torch.randn(1, 4, 2, 8, 8),
         "encoder_hidden_states": torch.randn(1, 8, 16),
         "timestep": torch.tensor([900.0]),
-        "encoder_attention_mask": torch.ones(1, 8, dtype=torch.bool),
+        "encoder_attention_mask": torch.arange(8)[None] < torch.randint(4, 8, (1, 1)),
         "return_dict": False,
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -148,7 +149,13 @@ class _Lowering:
         """A region's results on fakes, computed once per signature."""
         key = (id(region), signature_of(inputs))
         if key not in self._results:
-            with self._mode, torch.no_grad():
+            environment = self._mode.shape_env
+            assert environment is not None
+            # Sizes that depend on data (Mochi counts its prompt's tokens) stay in their region.
+            with (
+                self._mode, torch.no_grad(), enable_python_dispatcher(),
+                environment.ignore_fresh_unbacked_symbols(),
+            ):  # fmt: skip
                 self._results[key] = region(*inputs)
         return self._results[key]
 

@@ -69,15 +69,8 @@ def compile(
         raise CachePassError(f"unknown `lowering`={lowering!r}: must be 'regions'")
     if inner not in ("inductor", "eager"):
         raise CachePassError(f"unknown `inner`={inner!r}: must be 'inductor' or 'eager'")
-    folder = dump or os.environ.get("CACHEPASS_DUMP") or None
-    wrap = functools.partial(
-        CachedModule,
-        policy=resolved,
-        mode=mode,
-        dynamic=dynamic,
-        inner=inner,
-        dump=folder,
-    )
+    folder = dump or _dump_folder()
+    wrap = functools.partial(CachedModule, policy=resolved, mode=mode, dynamic=dynamic, inner=inner)
     if isinstance(model, nn.Module):
         if isinstance(model, OptimizedModule):
             raise CachePassError(
@@ -91,10 +84,14 @@ def compile(
     )
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 class CachedModule(OptimizedModule):
     """A denoiser with a cache inside; everything else is the user's module, unchanged."""
 
     denoiser: Denoiser
+    dynamic: bool | None
 
     def __init__(
         self,
@@ -121,7 +118,7 @@ class CachedModule(OptimizedModule):
         )
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
-        vars(self)["denoiser"] = denoiser
+        vars(self).update(denoiser=denoiser, dynamic=dynamic)
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
@@ -133,8 +130,11 @@ class CachedModule(OptimizedModule):
                     "an input requires grad: cachepass is for inference, and a reused value has no "
                     "gradient. Detach the input, or train with the plain module"
                 )
+        # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
+        # region can be compiled for.
+        floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
         try:
-            with torch.no_grad():
+            with torch.no_grad(), floats:
                 return super().__call__(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, CachePassError):
@@ -152,6 +152,10 @@ class CachedModule(OptimizedModule):
             yield
         finally:
             HINT.reset(token)
+
+
+def _dump_folder() -> str | None:
+    return os.environ.get("CACHEPASS_DUMP") or None
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:
@@ -204,9 +208,8 @@ def torch_backend(
     num_steps = fields.pop("num_inference_steps", None)
     policy = resolve(fields.pop("policy", "mixcache"), fields)
     denoiser = Denoiser(policy, num_steps)
-    return _backend(denoiser, RegionCompiler(), "inductor", os.environ.get("CACHEPASS_DUMP"), ())(
-        gm, example_inputs
-    )
+    backend = _backend(denoiser, RegionCompiler(), "inductor", _dump_folder(), ())
+    return backend(gm, example_inputs)
 
 
 def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Session:

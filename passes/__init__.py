@@ -26,7 +26,7 @@ def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tu
         # Signals and sublayers lie inside blocks: before the blocks become single calls.
         InsertSignals(sites, signals),
         InsertSublayerCache(sites),
-        OutlineBlocks(),
+        OutlineBlocks(sites),
         # From the inside out, so that a later site may hold an earlier one.
         InsertBlockCache(sites, signals),
         InsertStepCache(sites),

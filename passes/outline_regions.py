@@ -8,7 +8,7 @@ from torch import fx
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import place_of
-from cachepass.ir.graph import is_frame_op, walk
+from cachepass.ir.graph import is_frame_op, is_item, walk
 from cachepass.ir.outline import Outliner
 from cachepass.pass_manager import PassResult
 
@@ -30,13 +30,13 @@ class OutlineRegions:
         outliner = Outliner(taken)
         modified = False
         for part in list(walk(gm)):
-            for run, hint in _runs(part, outliner):
+            for run, hint in _runs(part):
                 outliner.outline(part, run, hint)
                 modified = True
         return PassResult(gm, modified)
 
 
-def _runs(gm: fx.GraphModule, outliner: Outliner) -> list[tuple[list[fx.Node], str]]:
+def _runs(gm: fx.GraphModule) -> list[tuple[list[fx.Node], str]]:
     """Runs of computing nodes between regions and frame operations, with names for them."""
     runs: list[tuple[list[fx.Node], str]] = []
     body = [n.op == "call_module" or n.target is ops.conditional for n in gm.graph.nodes]
@@ -47,7 +47,7 @@ def _runs(gm: fx.GraphModule, outliner: Outliner) -> list[tuple[list[fx.Node], s
         if node.op not in ("call_function", "call_method") or is_frame_op(node) or is_body:
             last = None if node.op in ("call_function", "call_module") else last
             continue
-        if outliner.is_item(node):
+        if is_item(node):
             continue
         if last is not None and place_of(last) == place_of(node):
             runs[-1][0].append(node)

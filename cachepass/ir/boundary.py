@@ -195,6 +195,10 @@ class Slot:
     within_step: bool = False
     """Only good within the step that wrote it."""
 
+    def key(self, branch: str) -> tuple[str | None, str]:
+        """Where a session keeps the value of a branch."""
+        return (None if self.across_branches else branch, self.name)
+
 
 # ---------------------------------------------------------------------------- layout
 

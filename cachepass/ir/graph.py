@@ -26,6 +26,16 @@ def is_frame_op(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in ops.FRAME_OPS
 
 
+def is_item(node: fx.Node) -> bool:
+    """Whether a node takes one result of a region or a conditional."""
+    source = node.args[0] if node.args else None
+    return (
+        node.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and (source.op == "call_module" or source.target is ops.conditional)
+    )
+
+
 def mutated(node: fx.Node) -> fx.Node | None:
     """The node whose memory this one writes to, if any."""
     if node.op == "call_function":
@@ -97,6 +107,15 @@ def copy_into(
     return attributes
 
 
+def _take(graph: fx.Graph, operands: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Placeholders of an arm for what it is given, by outer node."""
+    mapping = {}
+    for operand in operands:
+        mapping[operand] = graph.placeholder(operand.name)
+        mapping[operand].meta = dict(operand.meta)
+    return mapping
+
+
 def build_arm(
     owner: fx.GraphModule,
     operands: Sequence[fx.Node],
@@ -106,11 +125,7 @@ def build_arm(
     """An arm ``(frame, *operands) -> tuple``: copies of `nodes`, then what `build` adds."""
     graph = fx.Graph()
     frame = graph.placeholder("frame")
-    mapping = {frame_of(owner): frame}
-    for operand in operands:
-        inner = graph.placeholder(operand.name)
-        inner.meta = dict(operand.meta)
-        mapping[operand] = inner
+    mapping = {frame_of(owner): frame, **_take(graph, operands)}
     attributes = copy_into(graph, nodes, mapping)
     outputs = build(graph, frame, mapping)
     graph.output(tuple(outputs))
@@ -140,7 +155,6 @@ def insert_conditional(
     *,
     extend: BuildArm,
     reuse: BuildArm,
-    extra_operands: Sequence[fx.Node] = (),
 ) -> fx.Node:
     """Replace a run of nodes by a conditional whose compute arm holds them.
 
@@ -151,11 +165,9 @@ def insert_conditional(
         outputs: the nodes of the run that are used outside of it.
         extend: adds to the compute arm (guards that write caches); its result is dropped.
         reuse: builds the reuse arm and returns one node for each output.
-        extra_operands: nodes that only the arms' additions use.
     """
     frame = frame_of(gm)
     operands = [n for n in inputs_of(nodes) if n is not frame]
-    operands += [n for n in extra_operands if n not in operands and n not in set(nodes)]
 
     def finish(graph: fx.Graph, inner: fx.Node, mapping: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         extend(graph, inner, mapping)
@@ -227,12 +239,7 @@ def add_guard(
     """
     inner_graph = fx.Graph()
     inner_frame = inner_graph.placeholder("frame")
-    mapping: dict[fx.Node, fx.Node] = {}
-    for operand in operands:
-        inner = inner_graph.placeholder(operand.name)
-        inner.meta = dict(operand.meta)
-        mapping[operand] = inner
-    build(inner_graph, inner_frame, mapping)
+    build(inner_graph, inner_frame, _take(inner_graph, operands))
     inner_graph.output(())
     arm = fx.GraphModule(nn.Module(), inner_graph)
     arm.meta = {}

@@ -8,14 +8,12 @@ each. `lowering="graph"` is where `invoke_subgraph` serves.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from cachepass.ir import ops
 from cachepass.ir.graph import inputs_of, mutated, outputs_of, replace_outputs
 
 
@@ -54,16 +52,6 @@ class Outliner:
         replace_outputs(graph, call, outputs)
         for node in reversed(nodes):
             graph.erase_node(node)
-
-    @staticmethod
-    def is_item(node: fx.Node) -> bool:
-        """Whether a node takes one result of a region or a conditional."""
-        source = node.args[0] if node.args else None
-        return (
-            node.target is operator.getitem
-            and isinstance(source, fx.Node)
-            and (source.op == "call_module" or source.target is ops.conditional)
-        )
 
 
 def _region(

@@ -6,7 +6,6 @@ conditionals and the slots. The same text serves dumps, tests and the documentat
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import fx
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, place_of
-from cachepass.ir.graph import walk
+from cachepass.ir.graph import is_item, walk
 
 _SHORT = {
     torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
@@ -42,17 +41,15 @@ def format_graph(gm: fx.GraphModule) -> str:
             + (", one for all branches" if s.across_branches else "")
             for s in layout.slots.values()
         ]
-    regions: dict[str, list[fx.GraphModule]] = {}
     for name, region, calls in _regions(gm):
         lines.append(f"region {name}  # {calls} calls, {_size(region)} operations")
-        regions.setdefault(name, []).append(region)
     return "\n".join(lines) + "\n"
 
 
 def _body(gm: fx.GraphModule, lines: list[str], indent: str, names: Names) -> None:
     """`names`: how the arguments of an arm are called where it is used."""
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "get_attr") or _is_item(node):
+        if node.op in ("placeholder", "get_attr") or is_item(node):
             continue
         if node.op == "output":
             values = ", ".join(_flat(node.args[0], names))
@@ -103,19 +100,9 @@ def _line(node: fx.Node, names: Names) -> str:
 def _results(node: fx.Node) -> str:
     """Names of a tuple's items instead of the tuple and its items."""
     items = sorted(
-        (str(u.args[1]).zfill(4), f"{_name(u)}{_type(u)}") for u in node.users if _is_item(u)
+        (str(u.args[1]).zfill(4), f"{_name(u)}{_type(u)}") for u in node.users if is_item(u)
     )
     return ", ".join(text for _, text in items) or "_"
-
-
-def _is_item(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    return (
-        node.op == "call_function"
-        and node.target is operator.getitem
-        and isinstance(source, fx.Node)
-        and (source.op == "call_module" or source.target is ops.conditional)
-    )
 
 
 def _flat(value: Any, names: Names) -> list[str]:

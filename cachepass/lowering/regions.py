@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Slot
+from cachepass.runtime.denoiser import signature_of
 
 Compiled = Callable[..., Any]
 Signature = tuple[Any, ...]
@@ -158,13 +159,6 @@ class _Lowering:
             ):  # fmt: skip
                 self._results[key] = region(*inputs)
         return self._results[key]
-
-
-def signature_of(inputs: Sequence[Any]) -> Signature:
-    """What a compiled region depends on: shapes, strides, dtypes, devices, plain values."""
-    return tuple(
-        (i.shape, i.stride(), i.dtype, i.device) if isinstance(i, Tensor) else i for i in inputs
-    )
 
 
 def _fresh(region: fx.GraphModule) -> fx.GraphModule:

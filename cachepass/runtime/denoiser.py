@@ -162,6 +162,13 @@ class Denoiser:
         )
 
 
+def signature_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What compiled code depends on: shapes, strides, dtypes, devices, plain values."""
+    return tuple(
+        (i.shape, i.stride(), i.dtype, i.device) if isinstance(i, Tensor) else i for i in inputs
+    )
+
+
 class Program:
     """A rewritten graph and its drivers, one for each signature of inputs."""
 
@@ -184,12 +191,12 @@ class Program:
     def weights(self, args: Sequence[Any]) -> tuple[int, int]:
         """Changes when a weight is written to or replaced."""
         weights = [args[i] for i in self._weights]
-        if torch.is_inference_mode_enabled() or any(w.is_inference() for w in weights[:1]):
-            return (0, hash(tuple([w.data_ptr() for w in weights])))
-        return (
-            sum([w._version for w in weights]),
-            hash(tuple([w.data_ptr() for w in weights])),
+        # Inference tensors count no versions.
+        counted = not (
+            torch.is_inference_mode_enabled() or any(w.is_inference() for w in weights[:1])
         )
+        versions = sum([w._version for w in weights]) if counted else 0
+        return versions, hash(tuple([w.data_ptr() for w in weights]))
 
     def __call__(self, *args: Any) -> Any:
         """One denoising call; an exception drops the session's slots."""
@@ -205,11 +212,7 @@ class Program:
         return result
 
     def _driver(self, args: Sequence[Any]) -> Driver:
-        arguments = [args[i] for i in self._arguments]
-        key = tuple(
-            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a
-            for a in arguments
-        )
+        key = signature_of([args[i] for i in self._arguments])
         driver = self._drivers.get(key)
         if driver is None:
             with self.denoiser.lock:

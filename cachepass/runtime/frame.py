@@ -41,12 +41,9 @@ class Frame:
 
     # ------------------------------------------------------------------------ slots
 
-    def _key(self, slot: str) -> tuple[str | None, str]:
-        return (None if self.layout.slots[slot].across_branches else self.branch, slot)
-
     def read(self, slot: str, like: Tensor | None) -> Tensor:
         """See `ir.ops.cache_read`."""
-        kept = self.session.slots.get(self._key(slot))
+        kept = self.session.slots.get(self.layout.slots[slot].key(self.branch))
         if kept is not None and (like is None or kept.value.shape == like.shape):
             return kept.value
         if like is None:
@@ -55,7 +52,7 @@ class Frame:
 
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
-        key, rows = self._key(slot), tuple(self._writing)
+        key, rows = self.layout.slots[slot].key(self.branch), tuple(self._writing)
         if not all(rows):
             old = self.session.slots.get(key)
             if old is not None:

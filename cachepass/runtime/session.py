@@ -182,29 +182,27 @@ class Session:
         self.history.peak_bytes = max(self.history.peak_bytes, self.cache_bytes)
 
     def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
-        """Whether every slot of a site holds a good value for a row of a branch."""
-        names = [s for s in layout.slots.values() if s.site == site.name]
-        for slot in names:
-            kept = self.slots.get((None if slot.across_branches else branch, slot.name))
-            if slot.within_step:
-                fresh = kept is not None and kept.step == self.step
-                if branch == "uncond" and not fresh:
-                    return False
-            elif kept is None or row >= len(kept.rows) or not kept.rows[row]:
-                return False
-        return bool(names) and not (isinstance(site, Cfg) and branch != "uncond")
+        """Whether a call of a branch could reuse a site for a row now."""
+        if isinstance(site, Cfg) and branch != "uncond":
+            return False
+        return self._holds(site, layout, branch, row) and all(
+            (kept := self.slots.get(slot.key(branch))) is not None and kept.step == self.step
+            for slot in layout.slots.values()
+            if slot.site == site.name and slot.within_step
+        )
 
     def could_reuse(self, site: Site, layout: Layout, row: int) -> bool:
         """Whether a decision for the whole step may name the site."""
         if isinstance(site, Cfg):
-            first = not self.branches or self.branches[0] == "cond"
-            return first and any(
-                key[1].endswith(".delta") and s.site == site.name and kept.rows[row]
-                for s in layout.slots.values()
-                for key, kept in self.slots.items()
-                if key[1] == s.name
-            )
+            cond_first = not self.branches or self.branches[0] == "cond"
+            return cond_first and self._holds(site, layout, "uncond", row)
         return all(self.is_warm(site, layout, branch, row) for branch in self.branches)
+
+    def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
+        """Whether what a site keeps from step to step is there for a row."""
+        lasting = [s for s in layout.slots.values() if s.site == site.name and not s.within_step]
+        kept = [self.slots.get(slot.key(branch)) for slot in lasting]
+        return bool(kept) and all(k is not None and row < len(k.rows) and k.rows[row] for k in kept)
 
     @property
     def cache_bytes(self) -> int:

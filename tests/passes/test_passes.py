@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -39,6 +41,7 @@ from cachepass.passes import (
     default_pipeline,
 )
 from tests.graphs import Captured, Script, capture
+from tests.models import TOY, ToyDiT
 
 ATTENTION = Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION,))
 SITES: dict[str, Site] = {
@@ -64,7 +67,7 @@ FIRES = {
     "insert-block-cache": Script(places=(Blocks(),)),
     "insert-step-cache": Script(places=(WholeCall(),)),
     "insert-cfg-cache": Script(places=(Cfg(),)),
-    "eliminate-dead-cache": Script(places=(Blocks(),)),  # reads for a signal that nobody wants
+    "eliminate-dead-cache": Script(places=(Cfg(),)),  # reads for a signal that nobody wants
     "outline-regions": Script(),
 }
 
@@ -113,22 +116,32 @@ def test_leaves_alone_what_is_not_its_own(name: str) -> None:
 def test_outlining_twice_finds_nothing() -> None:
     captured = capture()
     gm = captured.run(*captured.pipeline(Script(places=ALL)))
-    for current in (OutlineBlocks(), OutlineRegions(), EliminateDeadCache()):
+    for current in (OutlineBlocks(()), OutlineRegions(), EliminateDeadCache()):
         assert not current(gm).modified
 
 
 # ------------------------------------------------------------------------------- texts
 
 
-def test_equal_blocks_share_one_region() -> None:
-    captured = capture()
+def test_equal_runs_of_two_blocks_share_one_region() -> None:
+    captured = capture(dataclasses.replace(TOY, build=lambda: ToyDiT(depth=5), blocks=5))
     gm = captured.run(*captured.pipeline(cachepass.Compute()))
     assert captured.matches()
     text = format_graph(gm)
-    assert "region layers  # 3 calls" in text
+    assert "region layers  # 2 calls" in text
+    assert "region layers_1  # 1 calls" in text
     assert [n.target for n in gm.graph.find_nodes(op="call_module")] == [
-        "prologue", "layers", "layers", "layers", "epilogue",
+        "prologue", "layers", "layers", "layers_1", "epilogue",
     ]  # fmt: skip
+
+
+def test_a_region_ends_where_a_site_does() -> None:
+    captured = capture(dataclasses.replace(TOY, build=lambda: ToyDiT(depth=6), blocks=6))
+    policy = Script(places=(Blocks(name="middle", start=1, stop=4), Blocks(name="tail", start=1)))
+    text = format_graph(captured.run(*captured.pipeline(policy)))
+    assert captured.matches(policy)
+    assert "region layers  # 2 calls" in text, "blocks 0 and 3 alone"
+    assert "region layers_1  # 2 calls" in text, "blocks 1 to 2 and 4 to 5"
 
 
 def test_the_text_of_a_block_cache() -> None:
@@ -146,7 +159,7 @@ def test_the_text_of_a_block_cache() -> None:
     assert flow[:decide].count("layers") == 1, "one block runs before the decision"
     assert decide < cond
     inside = body[cond : body.index("else:")]
-    assert sum(line.startswith("layers(") for line in inside) == 2
+    assert sum(line.startswith("layers_1(") for line in inside) == 1, "the other two, in one"
     assert any(line.startswith("cache_write('tail.residual'") for line in inside)
     assert "slots:" in body
     assert "tail.residual  # of site 'tail'" in body

@@ -5,44 +5,32 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
-
-import cachepass
 from benchmarks.figures import Figure, Result
 from benchmarks.sampling import interleave, median, ratio
-from benchmarks.testbed import Call, Loop, Progress, plain, plain_call, session_call
+from benchmarks.testbed import CachedLoop, Loop, Progress, plain, plain_call
+from cachepass.runtime.policies import Compute
 from examples.shapes.model import load
 
-CALLS = 2
+# Short samples and many of them: drift within a round is what blurs the ratio most.
+STEPS = 2
+ROUNDS_PER_PAIR = 8
 
 
 def measure(pairs: int, progress: Progress) -> Result:
-    """Time single calls of two plain models and of `compute`, in turns."""
-    loop = Loop.build(CALLS)
+    """Time loops of two plain models and of `compute`, in turns."""
+    loop = Loop.build(STEPS)
     # One set of weights for all: where they lie in memory alone makes two equal models
     # differ by some percent.
     model = load("large")
-    first, second = plain(model), plain(model)
-    cached = cachepass.compile(model, policy="compute")
-
-    @torch.no_grad()
-    def calls(call: Call) -> None:
-        for i, time in enumerate(loop.times):
-            call(loop.noise, time, loop.cond, i, "cond")
-
-    def cached_calls() -> None:
-        session = cachepass.session(cached, num_inference_steps=CALLS)
-        calls(session_call(cached, session))
-
     subjects: dict[str, Callable[[], object]] = {
-        "plain": functools.partial(calls, plain_call(first)),
-        "plain again": functools.partial(calls, plain_call(second)),
-        "compute": cached_calls,
+        "plain": functools.partial(loop.run, plain_call(plain(model))),
+        "plain again": functools.partial(loop.run, plain_call(plain(model))),
+        "compute": CachedLoop.build(Compute(), loop, model),
     }
     progress("compiling")
     interleave(subjects, 2)  # compiles, then settles
-    seconds = interleave(subjects, pairs, progress)
-    milliseconds = {name: [1e3 * s / CALLS for s in all_] for name, all_ in seconds.items()}
+    seconds = interleave(subjects, ROUNDS_PER_PAIR * pairs, progress)
+    milliseconds = {name: [1e3 * s / (2 * STEPS) for s in all_] for name, all_ in seconds.items()}
     return Result(
         figures=[
             Figure(
@@ -60,5 +48,5 @@ def measure(pairs: int, progress: Progress) -> Result:
                 unit="ms",
             ),
         ],
-        details={"calls_per_sample": CALLS, "milliseconds_per_call": milliseconds},
+        details={"steps_per_sample": STEPS, "milliseconds_per_call": milliseconds},
     )

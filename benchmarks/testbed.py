@@ -137,9 +137,9 @@ class CachedLoop:
     session: Session | None = None
 
     @classmethod
-    def build(cls, policy: Policy, loop: Loop) -> CachedLoop:
-        """The large model under a policy."""
-        return cls(model=cachepass.compile(load("large"), policy=policy), loop=loop)
+    def build(cls, policy: Policy, loop: Loop, model: nn.Module | None = None) -> CachedLoop:
+        """The large model under a policy; `model` if it is loaded already."""
+        return cls(model=cachepass.compile(model or load("large"), policy=policy), loop=loop)
 
     def __call__(self) -> Tensor:
         self.session = cachepass.session(self.model, num_inference_steps=self.loop.steps)

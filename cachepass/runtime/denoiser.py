@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import operator
 import threading
 import warnings
 import weakref
@@ -34,6 +35,7 @@ class Hint:
 HINT: contextvars.ContextVar[Hint | None] = contextvars.ContextVar("cachepass_hint", default=None)
 
 _KEEP_REQUESTS = 16
+_VERSION = operator.attrgetter("_version")
 
 
 class Denoiser:
@@ -186,17 +188,16 @@ class Program:
             index[n] for n in layout.inputs.values() if n not in (layout.latent, layout.timestep)
         ]
         self._arguments = [i for i, n in enumerate(places) if not n.meta.get("weight")]
-        self._weights = [i for i, n in enumerate(places) if n.meta.get("weight")]
+        weights = [i for i, n in enumerate(places) if n.meta.get("weight")]
+        self._weights_of = operator.itemgetter(*weights, weights[0])  # a tuple, even of one
 
     def weights(self, args: Sequence[Any]) -> tuple[int, int]:
         """Changes when a weight is written to or replaced."""
-        weights = [args[i] for i in self._weights]
+        weights = self._weights_of(args)
         # Inference tensors count no versions.
-        counted = not (
-            torch.is_inference_mode_enabled() or any(w.is_inference() for w in weights[:1])
-        )
-        versions = sum([w._version for w in weights]) if counted else 0
-        return versions, hash(tuple([w.data_ptr() for w in weights]))
+        uncounted = torch.is_inference_mode_enabled() or weights[0].is_inference()
+        versions = 0 if uncounted else sum(map(_VERSION, weights))
+        return versions, hash(tuple(map(Tensor.data_ptr, weights)))
 
     def __call__(self, *args: Any) -> Any:
         """One denoising call; an exception drops the session's slots."""

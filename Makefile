@@ -34,10 +34,10 @@ demo: $(READY) ## run the example pipeline with and without caching
 	$(PY) -m examples.shapes.demo
 
 test: lint types ## what a change must pass: lint, types, imports, the quick tests
-	$(PY) -m pytest -m "not full"
+	$(PY) -m pytest -n 2 -m "not full"
 
 test-full: $(READY) ## every test, with the large compiled matrices
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2
 
 bench: $(READY) ## measure speed and quality
 	$(PY) -m benchmarks.bench

@@ -189,7 +189,7 @@ def test_dump_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_report_before_and_after() -> None:
-    cached = _toy(policy="firstblock", options={"threshold": 1e9})
+    cached = _toy(policy="firstblock", options={"threshold": 1e9, "warmup_steps": 0})
     before = cachepass.report(cached)
     assert "nothing was captured yet" in str(before)
     session = cachepass.session(cached, num_inference_steps=2)
@@ -233,7 +233,7 @@ def test_the_pipeline_is_visible() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("firstblock", {"threshold": 1e9}), pytest.param("compute", {}, marks=pytest.mark.full)],
+    [("firstblock", {"threshold": 1e9, "warmup_steps": 0}), pytest.param("compute", {}, marks=pytest.mark.full)],
 )
 def test_torch_compile_with_the_backend(policy: str, options: dict[str, Any]) -> None:
     model = TOY.model()

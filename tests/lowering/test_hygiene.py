@@ -15,8 +15,8 @@ from tests.requests import assert_follows, run
 
 STEPS = 12
 POLICIES: dict[str, cachepass.Policy] = {
-    "firstblock": cachepass.FirstBlock(threshold=0.1),
-    "teacache": cachepass.TeaCache(threshold=0.3),
+    "firstblock": cachepass.FirstBlock(threshold=0.1, warmup_steps=0),
+    "teacache": cachepass.TeaCache(threshold=0.3, warmup_steps=1),
     "adacache": cachepass.AdaCache(codebook=((9.0, 3), (99.0, 1)), motion=False),
     "mixcache": cachepass.MixCache(**MIXCACHE),
     **{
@@ -76,7 +76,7 @@ def test_inductor_follows_the_reference() -> None:
 
 @pytest.mark.full
 def test_inductor_follows_the_reference_of_firstblock() -> None:
-    _follow(cachepass.FirstBlock(threshold=0.1), FirstBlockRule(0.1))
+    _follow(cachepass.FirstBlock(threshold=0.1, warmup_steps=0), FirstBlockRule(0.1))
 
 
 JOINT = ("cogvideox", "flux", "hunyuan", "mochi")
@@ -95,7 +95,7 @@ def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
     for inner in ("eager", "inductor"):
         cached = cachepass.compile(
             tiny.model(),
-            policy=cachepass.FirstBlock(threshold=1e9)
+            policy=cachepass.FirstBlock(threshold=1e9, warmup_steps=0)
             if policy == "firstblock"
             else cachepass.Schedule(reuse={1: policy.removeprefix("schedule-")}),
             inner=inner,

@@ -13,8 +13,8 @@ from tests.models import WAN, as_tensor
 from tests.requests import decisions
 
 POLICIES: list[cachepass.Policy] = [
-    cachepass.FirstBlock(threshold=math.inf),
-    cachepass.TeaCache(threshold=math.inf),
+    cachepass.FirstBlock(threshold=math.inf, warmup_steps=0),
+    cachepass.TeaCache(threshold=math.inf, warmup_steps=1),
 ]
 
 
@@ -51,7 +51,7 @@ def test_a_cold_slot_is_computed() -> None:
 def test_rows_of_a_batch_fail_alone() -> None:
     """A NaN in one row leaves the decisions and the values of its neighbours as they were."""
     cached: Any = cachepass.compile(
-        WAN.model(), policy=cachepass.FirstBlock(threshold=1e9), inner="eager"
+        WAN.model(), policy=cachepass.FirstBlock(threshold=1e9, warmup_steps=0), inner="eager"
     )
     session = cachepass.session(cached, num_inference_steps=9)
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from tests.models import WAN, as_tensor
 from tests.requests import caller, decisions, denoise, notes, plain, run
 
 STEPS = 6
-FIRSTBLOCK = cachepass.FirstBlock(threshold=0.1)
+FIRSTBLOCK = cachepass.FirstBlock(threshold=0.1, warmup_steps=0)
 
 
 def _compile(model: Any, policy: str | cachepass.Policy = FIRSTBLOCK, **options: Any) -> Any:

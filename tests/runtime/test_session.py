@@ -108,7 +108,7 @@ def test_sessions_of_two_models_may_be_entered_together() -> None:
 # ------------------------------------------------------------------ the fallback clock
 
 
-@pytest.mark.parametrize("policy", [cachepass.Compute(), cachepass.FirstBlock(threshold=0.1)])
+@pytest.mark.parametrize("policy", [cachepass.Compute(), cachepass.FirstBlock(threshold=0.1, warmup_steps=0)])
 def test_a_loop_without_a_session(policy: cachepass.Policy) -> None:
     """Timestep and conditioning tell step and branch, as well as a session would."""
     cached = cachepass.compile(WAN.model(), policy=policy, inner="eager")

@@ -6,6 +6,7 @@ updates, so that its time is that of the denoising calls and next to nothing els
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +21,6 @@ from cachepass.runtime.policies.firstblock import FirstBlock
 from cachepass.runtime.policies.teacache import TeaCache
 from cachepass.runtime.policy import Policy
 from cachepass.runtime.session import Session
-from examples.shapes.model import load
 from examples.shapes.pipeline import GUIDANCE_SCALE, build_scheduler
 from examples.shapes.world import embed_prompt
 
@@ -43,11 +43,12 @@ def uniform(steps: int) -> Schedule:
 
 
 def cut(model: nn.Module, blocks: int) -> nn.Module:
-    """The model with its first `blocks` blocks alone; changes and returns it."""
+    """A model of the first `blocks` blocks alone, on the same weights."""
     stack = model.blocks
     assert isinstance(stack, nn.ModuleList)
-    model.blocks = stack[:blocks]
-    return model
+    shorter = copy.copy(model)
+    vars(shorter)["_modules"] = {**vars(model)["_modules"], "blocks": stack[:blocks]}
+    return shorter
 
 
 def plain(model: nn.Module) -> Any:
@@ -137,9 +138,9 @@ class CachedLoop:
     session: Session | None = None
 
     @classmethod
-    def build(cls, policy: Policy, loop: Loop, model: nn.Module | None = None) -> CachedLoop:
-        """The large model under a policy; `model` if it is loaded already."""
-        return cls(model=cachepass.compile(model or load("large"), policy=policy), loop=loop)
+    def build(cls, policy: Policy, loop: Loop, model: nn.Module) -> CachedLoop:
+        """A model under a policy."""
+        return cls(model=cachepass.compile(model, policy=policy), loop=loop)
 
     def __call__(self) -> Tensor:
         self.session = cachepass.session(self.model, num_inference_steps=self.loop.steps)

@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from cachepass import capture
 from cachepass.adapters import diffusers as pipelines
-from cachepass.errors import CachePassError, SessionError
+from cachepass.errors import CachePassError, PolicyError, SessionError
 from cachepass.ir.printer import format_graph
 from cachepass.lowering.regions import RegionCompiler, lower
 from cachepass.observe import dump_to
@@ -198,18 +198,33 @@ def torch_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: dict[str, Any] | None = None,
-) -> Program:
+) -> Callable[..., Any]:
     """``torch.compile(model, backend="cachepass", fullgraph=True, options={"policy": ...})``.
 
-    Steps and branches are read off the calls: one request at a time. Options are those of
-    the policy, and `num_inference_steps` for policies that need it.
+    Steps and branches are read off the calls: one request at a time, under `torch.no_grad`.
+    Options are those of the policy, and `num_inference_steps` for policies that need it.
     """
     fields = dict(options or {})
     num_steps = fields.pop("num_inference_steps", None)
     policy = resolve(fields.pop("policy", "mixcache"), fields)
+    if policy.needs_num_steps and num_steps is None:
+        raise PolicyError(
+            f"policy {policy.name!r} needs the number of steps of a request: add "
+            '"num_inference_steps" to the options'
+        )
     denoiser = Denoiser(policy, num_steps)
     backend = _backend(denoiser, RegionCompiler(), "inductor", _dump_folder(), ())
-    return backend(gm, example_inputs)
+    program = backend(gm, example_inputs)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise CachePassError(
+                "gradients are on: cachepass is for inference, and a reused value has no "
+                "gradient. Call the model under torch.no_grad()"
+            )
+        return program(*args)
+
+    return call
 
 
 def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Session:

@@ -78,6 +78,8 @@ def _wrap(
         )
     outputs = outputs_of(nodes)
     pairs = _pair(nodes, outputs)
+    # A change is measured on the main stream, which is the largest.
+    main = max(range(len(pairs)), key=lambda i: pairs[i][0].meta["example_value"].numel())
     slots = []
     for i, (output, _, predictor) in enumerate(pairs):
         suffix = f".{i}" if len(pairs) > 1 else ""
@@ -105,9 +107,9 @@ def _wrap(
                     predictor.store, (inside[mapping[out]], inside[mapping[entering]])
                 )
                 value.meta["example_value"] = out.meta["example_value"]
-                if measured is not None and i == 0:
+                if measured is not None and i == main:
                     sums = inner.call_function(ops.l1_sums, (value, old))
-                    inner.call_function(ops.observe, (inner_frame, measured.name, sums))
+                    inner.call_function(ops.observe, (inner_frame, measured.name, slot.name, sums))
                 inner.call_function(ops.cache_write, (inner_frame, slot.name, value))
             return ()
 
@@ -130,7 +132,7 @@ def _wrap(
 def _pair(
     nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> list[tuple[fx.Node, fx.Node, Predictor]]:
-    """(output, the input it is predicted from, predictor), the largest stream first in slots."""
+    """(output, the input it is predicted from, predictor) of each stream."""
     free = [n for n in inputs_of(nodes) if not n.meta.get("weight")]
     pairs = []
     for output in outputs:

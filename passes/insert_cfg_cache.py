@@ -76,7 +76,7 @@ class InsertCfgCache:
                 value = inner.call_function(operator.sub, (inside[out], c))
                 if measured is not None:
                     sums = inner.call_function(ops.l1_sums, (value, old))
-                    inner.call_function(ops.observe, (inner_frame, measured.name, sums))
+                    inner.call_function(ops.observe, (inner_frame, measured.name, delta.name, sums))
                 inner.call_function(ops.cache_write, (inner_frame, delta.name, value))
                 return ()
 

@@ -102,7 +102,7 @@ def _measure_latent(
         old = graph.call_function(ops.cache_read, (inner, slot.name, now))
         sums = graph.call_function(ops.l1_sums, (now, old))
         kept = graph.call_function(ops.clone, (now,))
-        graph.call_function(ops.observe, (inner, signal.name, sums))
+        graph.call_function(ops.observe, (inner, signal.name, slot.name, sums))
         graph.call_function(ops.cache_write, (inner, slot.name, kept))
         return ()
 
@@ -126,7 +126,7 @@ def _measure_timestep(
         old = graph.call_function(ops.cache_read, (frame, slot.name, embedding))
         sums = graph.call_function(ops.l1_sums, (embedding, old))
         kept = graph.call_function(ops.clone, (embedding,))
-        graph.call_function(ops.observe, (frame, signal.name, sums))
+        graph.call_function(ops.observe, (frame, signal.name, slot.name, sums))
         return graph.call_function(ops.cache_write, (frame, slot.name, kept))
 
 
@@ -146,7 +146,7 @@ def _measure_block(
         sums = graph.call_function(ops.l1_sums, (residual, old))
     with graph.inserting_after(sums):
         return (
-            graph.call_function(ops.observe, (frame, signal.name, sums)),
+            graph.call_function(ops.observe, (frame, signal.name, slot.name, sums)),
             slot,
             residual,
         )
@@ -205,7 +205,7 @@ def _measure_sublayer(
 
     def arm(inner_graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
         mapping[kept].meta["owned"] = True
-        inner_graph.call_function(ops.observe, (inner, signal.name, mapping[sums]))
+        inner_graph.call_function(ops.observe, (inner, signal.name, slot.name, mapping[sums]))
         inner_graph.call_function(ops.cache_write, (inner, slot.name, mapping[kept]))
         return ()
 

@@ -25,11 +25,12 @@ def denoise(
     rows: int = 1,
     size: int = 8,
     pace: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Euler steps from noise; returns the output of each call."""
     generator = torch.Generator().manual_seed(seed)
-    latent = torch.randn(rows, 4, 2, size, size, generator=generator)
-    text = {b: torch.randn(rows, 5, 16, generator=generator) for b in branches}
+    latent = torch.randn(rows, 4, 2, size, size, generator=generator).to(dtype)
+    text = {b: torch.randn(rows, 5, 16, generator=generator).to(dtype) for b in branches}
     outputs: list[Tensor] = []
     for step in range(steps):
         time = torch.full((rows,), 1000.0 * (1 - step / steps))

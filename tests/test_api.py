@@ -233,7 +233,10 @@ def test_the_pipeline_is_visible() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("firstblock", {"threshold": 1e9, "warmup_steps": 0}), pytest.param("compute", {}, marks=pytest.mark.full)],
+    [
+        ("firstblock", {"threshold": 1e9, "warmup_steps": 0}),
+        pytest.param("compute", {}, marks=pytest.mark.full),
+    ],
 )
 def test_torch_compile_with_the_backend(policy: str, options: dict[str, Any]) -> None:
     model = TOY.model()
@@ -248,6 +251,19 @@ def test_torch_compile_with_the_backend(policy: str, options: dict[str, Any]) ->
     torch.testing.assert_close(first, expected[0], rtol=1e-4, atol=1e-5)
     same = torch.allclose(second, expected[1], rtol=1e-4, atol=1e-5)
     assert same == (policy == "compute"), "the second call reuses the tail"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "compute"}, r"gradients are on: .* under torch.no_grad\(\)"),
+        ({}, r"policy 'mixcache' needs the number of steps .* \"num_inference_steps\" to the opt"),
+    ],
+)
+def test_what_the_backend_needs(options: dict[str, Any], message: str) -> None:
+    cached: Any = torch.compile(TOY.model(), backend="cachepass", fullgraph=True, options=options)
+    with pytest.raises(Exception, match=message):
+        cached(**TOY.example())
 
 
 def test_the_backend_names_unknown_options() -> None:

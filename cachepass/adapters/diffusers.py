@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,7 +59,9 @@ def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
             raise CachePassError(
                 f"`{name}` of this pipeline is compiled already: cachepass.restore(pipe) first"
             )
-        cached = wrap(name, module)
+    # All or none: what cannot be wrapped leaves the pipeline as it was.
+    wrapped = {name: wrap(name, module) for name, module in found.items()}
+    for name, cached in wrapped.items():
         setattr(pipe, name, cached)
         follow(pipe.scheduler, cached.denoiser)  # type: ignore[attr-defined]
     return pipe
@@ -75,27 +78,33 @@ def detach(pipe: P) -> P:
     return pipe
 
 
+class Followers(list[Denoiser]):
+    """The denoisers that a scheduler is the clock of; a copy of the scheduler has none."""
+
+    def __deepcopy__(self, _: object) -> Followers:
+        return Followers()
+
+
 def follow(scheduler: Any, denoiser: Denoiser) -> None:
     """Let a scheduler start requests and end steps of a denoiser. Wraps the instance only."""
-    followers: list[Denoiser] | None = vars(scheduler).get(_CLOCK)
-    if followers is not None:
-        followers.append(denoiser)
-        return
-    followers = [denoiser]
-    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    followers = vars(scheduler).setdefault(_CLOCK, Followers())
+    followers.append(denoiser)
+    kind = type(scheduler)
 
-    @functools.wraps(set_timesteps)
-    def begin(*args: Any, **kwargs: Any) -> Any:
-        result = set_timesteps(*args, **kwargs)
-        for follower in followers:
-            follower.begin_request(len(scheduler.timesteps))
+    # Bound methods, not closures over the scheduler: some pipelines work on a deep copy of it.
+    @functools.wraps(kind.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.set_timesteps(self, *args, **kwargs)
+        for follower in getattr(self, _CLOCK):
+            follower.begin_request(len(self.timesteps))
         return result
 
-    @functools.wraps(step)
-    def end(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        for follower in followers:
+    @functools.wraps(kind.step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = kind.step(self, *args, **kwargs)
+        for follower in getattr(self, _CLOCK):
             follower.end_step()
         return result
 
-    vars(scheduler).update({_CLOCK: followers, "set_timesteps": begin, "step": end})
+    for method in (set_timesteps, step):
+        vars(scheduler)[method.__name__] = types.MethodType(method, scheduler)

@@ -41,7 +41,7 @@ class Frame(Protocol):
 
     def read(self, slot: str, like: Tensor | None) -> Tensor: ...
     def write(self, slot: str, value: Tensor) -> None: ...
-    def observe(self, signal: str, sums: Tensor) -> None: ...
+    def observe(self, signal: str, slot: str, sums: Tensor) -> None: ...
     def decide(self) -> None: ...
     def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any: ...
     def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None: ...
@@ -61,9 +61,12 @@ def cache_write(frame: Frame, slot: str, value: Tensor) -> None:
     frame.write(slot, value)
 
 
-def observe(frame: Frame, signal: str, sums: Tensor) -> None:
-    """Record the per-row sums of a signal for this decision or for later steps."""
-    frame.observe(signal, sums)
+def observe(frame: Frame, signal: str, slot: str, sums: Tensor) -> None:
+    """Record the per-row sums of a signal, which compared a value with what `slot` holds.
+
+    Comes before the write of the slot. Under `When.FULL` it counts for the rows that compute.
+    """
+    frame.observe(signal, slot, sums)
 
 
 def decide(frame: Frame) -> None:

@@ -42,6 +42,7 @@ def verify(gm: fx.GraphModule) -> None:
                 if node.target is ops.cache_write:
                     _check_write(part, node, slots[name].dtype)
             elif node.op == "call_module":
+                _check_operands(node)
                 _check_region(getattr(part, str(node.target)), str(node.target))
     for name in sorted(read - written):
         raise VerifyError(f"slot {name!r} is read but never written: no reuse could be exact")
@@ -133,6 +134,15 @@ def _check_mutations(gm: fx.GraphModule) -> None:
                     raise VerifyError(
                         f"{used.name} is handed to {node.target.__name__} and written to later"
                     )
+
+
+def _check_operands(node: fx.Node) -> None:
+    """A region is given tensors and numbers; what a tuple holds crosses its edge item by item."""
+    for used in node.all_input_nodes:
+        if isinstance(used.meta.get("example_value"), (tuple, list)):
+            raise VerifyError(
+                f"region {node.target!r} is given the tuple {used.name!r}: let its items cross"
+            )
 
 
 def _check_region(region: fx.GraphModule, name: str) -> None:

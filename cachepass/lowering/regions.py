@@ -36,7 +36,9 @@ class RegionCompiler:
         modes = torch._inductor.list_mode_options()
         if mode is not None and mode not in modes:
             raise CachePassError(f"unknown `mode`={mode!r}: must be one of {', '.join(modes)}")
-        self._patches = dict(modes[mode]) if mode is not None else {}
+        # CUDA graphs stay off: slots keep what regions return, and the next replay of a graph
+        # would write to that memory.
+        self._patches = {**modes[mode], "triton.cudagraphs": False} if mode is not None else {}
         self._compiled: dict[tuple[int, Signature], Compiled] = {}
         self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
         self.count = 0
@@ -116,6 +118,11 @@ class _Lowering:
             else:
                 values[node] = self._interpret(gm, node, inputs, arms)
                 copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node.target is ops.cache_write and not inputs[2].is_contiguous():
+                    # A slot has one layout, which does not depend on who reads or wrote it.
+                    with graph.inserting_before(copies[node]):
+                        value = graph.call_method("contiguous", (copies[node].args[2],))
+                    copies[node].update_arg(2, value)
         lowered = fx.GraphModule(dict(arms), graph)
         return lowered, result
 
@@ -129,22 +136,32 @@ class _Lowering:
         if node.target is ops.conditional:
             _, _, compute, reuse, operands = inputs
             arms[compute], result = self.lower(getattr(gm, compute), [None, *operands])
-            arms[reuse], _ = self.lower(getattr(gm, reuse), [None, *operands])
-            return result
+            arms[reuse], other = self.lower(getattr(gm, reuse), [None, *operands])
+            # What follows is compiled for one layout, whichever arm was taken.
+            for i, (a, b) in enumerate(zip(result, other, strict=True)):
+                if a.stride() != b.stride() or not a.is_contiguous():
+                    for arm in (arms[compute], arms[reuse]):
+                        _make_contiguous(arm, i)
+            return tuple(self._contiguous(a) for a in result)
         if node.target is ops.guard:
             _, _, arm, operands = inputs
             arms[arm], _ = self.lower(getattr(gm, arm), [None, *operands])
         elif node.target is ops.cache_write:
-            self._kept[inputs[1]] = inputs[2]
+            self._kept[inputs[1]] = self._contiguous(inputs[2])
         elif node.target is ops.cache_read:
             if len(inputs) < 3:
                 return self._kept[inputs[1]]
             with self._mode:
-                return torch.empty_like(inputs[2], dtype=self._slots[inputs[1]].dtype)
+                slot, like = self._slots[inputs[1]], inputs[2]
+                return torch.empty(like.shape, dtype=slot.dtype, device=like.device)
         elif node.op == "call_function" and node.target not in ops.FRAME_OPS:
             assert callable(node.target)
             return node.target(*inputs)  # an item of a tuple
         return None
+
+    def _contiguous(self, value: Tensor) -> Tensor:
+        with self._mode:
+            return value.contiguous()
 
     def _run(self, region: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         """A region's results on fakes, computed once per signature."""
@@ -159,6 +176,16 @@ class _Lowering:
             ):  # fmt: skip
                 self._results[key] = region(*inputs)
         return self._results[key]
+
+
+def _make_contiguous(arm: fx.GraphModule, index: int) -> None:
+    """Let an arm return its i-th result in contiguous memory."""
+    output = arm.graph.output_node()
+    results: Any = output.args[0]
+    with arm.graph.inserting_before(output):
+        value = arm.graph.call_method("contiguous", (results[index],))
+    output.args = ((*results[:index], value, *results[index + 1 :]),)
+    arm.recompile()
 
 
 def _fresh(region: fx.GraphModule) -> fx.GraphModule:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cachepass.errors import SessionError
 from cachepass.ir.boundary import Layout, layout_of
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
-from cachepass.runtime.session import ENTERED, History, Session
+from cachepass.runtime.session import ENTERED, Conditioning, History, Session
 
 Driver = Callable[..., Any]
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
@@ -35,6 +36,7 @@ class Hint:
 HINT: contextvars.ContextVar[Hint | None] = contextvars.ContextVar("cachepass_hint", default=None)
 
 _KEEP_REQUESTS = 16
+_USUAL_BRANCHES = 2  # calls in a step; with more, it is worth a look at the timestep
 _VERSION = operator.attrgetter("_version")
 
 
@@ -60,6 +62,9 @@ class Denoiser:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._request: Session | None = None
         self._request_step: int | None = None
+        self._time: tuple[int, Tensor] | None = None
+        """Step of the scheduler and timestep of its first call."""
+
         self._warned = False
 
     # -------------------------------------------------------------------- requests
@@ -88,7 +93,8 @@ class Denoiser:
 
     def warn_if_useless(self, request: History) -> None:
         """Say once that a whole request reused nothing."""
-        if self._warned or not self.sites or request.reused:
+        short = request.num_steps is not None and request.num_steps <= 2  # first and last
+        if self._warned or not self.sites or request.reused or short:
             return
         self._warned = True
         warnings.warn(
@@ -99,13 +105,12 @@ class Denoiser:
         )
 
     def reset(self) -> None:
-        """Drop the slots and state of all sessions."""
+        """Drop the slots and state of all sessions. A request that runs goes on, cold."""
         for session in list(self._sessions):
             session.drop()
-        self._request, self._request_step = None, None
 
     def _locate(
-        self, time: Tensor | None, conditioning: tuple[int, ...]
+        self, time: Tensor | None, conditioning: Sequence[Tensor]
     ) -> tuple[Session, int, str]:
         entered = next((e for e in reversed(ENTERED.get()) if e.session.owner is self), None)
         hint = HINT.get()
@@ -125,9 +130,14 @@ class Denoiser:
                 session = self._request = self.new_session(hint.num_steps)
         if session is None:
             session = self._request = self.new_session(self.num_steps)
+        if step is not None and branch is None:  # a scheduler tells steps: branches by their order
+            earlier = session.branches_in_step if step == session.step else ()
+            branch = f"call{len(earlier)}"
+        if entered is None and step is not None and time is not None and step == self._request_step:
+            self._check_clock(session, step, time)
         if step is None or branch is None:
             moment = float(time.flatten()[0]) if time is not None else 0.0
-            told, guess, restarted = session.clock.tick(moment, conditioning)
+            told, guess, restarted = session.clock.tick(moment, Conditioning(conditioning))
             if restarted and entered is None and self._request_step is None:
                 clock = session.clock
                 session.drop()
@@ -138,12 +148,25 @@ class Denoiser:
             branch = branch or guess
         return session, step, branch
 
+    def _check_clock(self, session: Session, step: int, time: Tensor) -> None:
+        """Raise if the timestep moves and the scheduler that is followed does not."""
+        if self._time is None or self._time[0] != step or step != session.step:
+            self._time = (step, time)
+        elif len(session.branches_in_step) >= _USUAL_BRANCHES:
+            then, now = float(self._time[1].flatten()[0]), float(time.flatten()[0])
+            if then != now:
+                raise SessionError(
+                    f"the timestep went from {then:g} to {now:g}, but the scheduler that cachepass "
+                    "follows made no step: was the pipeline's scheduler replaced after "
+                    "cachepass.compile? Then cachepass.restore(pipe), and compile it again"
+                )
+
     def open(self, program: Program, args: Sequence[Any]) -> Frame:
         """The frame of a call that is about to run."""
         layout = program.layout
         latent = args[program.latent]
         time = args[program.timestep] if program.timestep is not None else None
-        conditioning = tuple(args[i].data_ptr() for i in program.conditioning)
+        conditioning = [args[i] for i in program.conditioning]
         with self.lock:
             session, step, branch = self._locate(time, conditioning)
             if step != session.step:  # once per step: a model has hundreds of weights
@@ -208,8 +231,9 @@ class Program:
             frame.session.drop()
             raise
         frame.session.record(frame.record())
-        if frame.step + 1 == frame.session.num_steps:
-            self.denoiser.warn_if_useless(frame.session.history)
+        session = frame.session
+        if frame.step + 1 == session.num_steps and session.all_branches_called:
+            self.denoiser.warn_if_useless(session.history)
         return result
 
     def _driver(self, args: Sequence[Any]) -> Driver:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,11 +49,13 @@ class Frame:
             return kept.value
         if like is None:
             raise SessionError(f"slot {slot!r} is cold and was read for reuse")
-        return torch.full_like(like, torch.nan, dtype=self.layout.slots[slot].dtype)
+        dtype = self.layout.slots[slot].dtype
+        return torch.full(like.shape, torch.nan, dtype=dtype, device=like.device)
 
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
-        key, rows = self.layout.slots[slot].key(self.branch), tuple(self._writing)
+        key, rows = self.layout.slots[slot].key(self.branch), self._writing
+        steps = tuple(self.step if row else None for row in rows)
         if not all(rows):
             old = self.session.slots.get(key)
             if old is not None:
@@ -63,27 +66,40 @@ class Frame:
                         "and shape"
                     )
                 value = torch.where(_mask(rows, value), value, old.value)
-                rows = tuple(a or b for a, b in zip(rows, old.rows, strict=True))
-        self.session.slots[key] = Kept(value, self.step, rows)
+                steps = tuple(
+                    now if now is not None else before
+                    for now, before in zip(steps, old.steps, strict=True)
+                )
+        self.session.slots[key] = Kept(value, steps)
 
     # ---------------------------------------------------------------------- signals
 
-    def observe(self, signal: str, sums: Tensor) -> None:
-        """See `ir.ops.observe`."""
-        slot = self.layout.slots.get(signal)
-        shared = slot is not None and slot.across_branches
-        key = (None if shared else self.branch, signal)
-        before = self.session.signals.get(key)
-        gap = self.step - before.step if before is not None else 1
-        self.session.signals[key] = Observation(sums, self.step, max(gap, 1))
+    def observe(self, signal: str, slot: str, sums: Tensor) -> None:
+        """See `ir.ops.observe`. Rows that are not refreshed keep their last observation."""
+        reference = self.layout.slots[slot]
+        key = reference.key(self.branch)
+        kept = self.session.slots.get(key)
+        compared = kept.steps if kept is not None else (None,) * self.rows
+        observation = Observation(sums, self.step, compared)
+        rows = self.session.signals.setdefault((key[0], signal), [None] * self.rows)
+        for row, counts in enumerate(self._writing):
+            if counts:
+                rows[row] = observation
 
     def _measures(self, row: int) -> dict[str, Measure]:
         """Signals of this row; those of all branches together where they decide together."""
         found: dict[str, Measure] = {}
-        for (branch, name), observation in self.session.signals.items():
+        for (branch, name), rows in self.session.signals.items():
+            observation = rows[row]
+            if observation is None:
+                continue
             if branch not in (None, self.branch) and not self.policy.shared_by_branches:
                 continue
             measure = observation.row(row)
+            if observation.compared[row] is not None and math.isnan(measure.rel):
+                self.session.note(
+                    f"signal {name!r} was NaN, infinite or zero: no evidence for reuse"
+                )
             other = found.get(name)
             if other is None or other.step < measure.step:
                 found[name] = measure
@@ -117,13 +133,21 @@ class Frame:
         for row, choice in enumerate(choices):
             taken, not_here = set(), set()
             for name in choice:
-                site = self.sites[name]
+                site = self._site(name)
                 if session.is_warm(site, self.layout, self.branch, row):
                     taken.add(name)
                 elif isinstance(site, Cfg) and self.branch != "uncond":
                     not_here.add(name)
             self.reused[row] = frozenset(taken)
             self.full[row] = not (taken or not_here)
+
+    def _site(self, name: str) -> Site:
+        if name not in self.sites:
+            raise PolicyError(
+                f"policy {self.policy.name!r} reuses site {name!r}, which it does not declare: "
+                f"its sites are {', '.join(self.sites) or 'none'}"
+            )
+        return self.sites[name]
 
     def _choose(self, row: int) -> frozenset[str]:
         session, policy = self.session, self.policy
@@ -193,12 +217,16 @@ class Frame:
         return CallRecord(self.step, self.branch, tuple(self.reused), blocks - len(common), blocks)
 
 
-def _mask(rows: Any, value: Tensor) -> Tensor:
-    """A per-row condition that broadcasts against a value with rows in front."""
-    mask = torch.tensor(rows, dtype=torch.bool, device=value.device)
-    if value.ndim == 0 or value.shape[0] != len(mask):
+def _mask(rows: Sequence[bool], value: Tensor) -> Tensor:
+    """A per-row condition that broadcasts against a value with rows in front.
+
+    A model may fold another axis into the rows (frames): each row then stands for several.
+    """
+    size = value.shape[0] if value.ndim else 0
+    if not size or size % len(rows):
         raise SessionError(
             f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
-            f"dimension of {len(mask)} rows in front to select along"
+            f"dimension of {len(rows)} rows in front to select along"
         )
-    return mask.view(-1, *(1,) * (value.ndim - 1))
+    mask = torch.tensor(rows, dtype=torch.bool, device=value.device)
+    return mask.repeat_interleave(size // len(rows)).view(-1, *(1,) * (value.ndim - 1))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from cachepass.errors import SessionError
-from cachepass.ir.boundary import Cfg, Layout, Site
+from cachepass.ir.boundary import Cfg, Layout, Site, Slot
 from cachepass.runtime.policy import Measure
 
 
@@ -22,9 +23,8 @@ class Kept:
     """The content of a slot."""
 
     value: Tensor
-    step: int
-    rows: tuple[bool, ...]
-    """Rows whose value is good."""
+    steps: tuple[int | None, ...]
+    """Per row, the step whose value it holds; None where it holds nothing to reuse."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class Session:
         self.owner = owner
         self.num_steps = num_inference_steps
         self.slots: dict[tuple[str | None, str], Kept] = {}
-        self.signals: dict[tuple[str | None, str], Observation] = {}
+        self.signals: dict[tuple[str | None, str], list[Observation | None]] = {}
+        """The last observation of each row."""
         self.states: dict[tuple[str | None, int], Any] = {}
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
         self.signature: object = None
@@ -91,6 +92,7 @@ class Session:
         self.branches: list[str] = []
         self.history = History(num_inference_steps)
         self.clock = Clock()
+        self._locations: list[Location] = []
         self._lock = threading.Lock()
         self._thread: int | None = None
         self._depth = 0
@@ -98,7 +100,7 @@ class Session:
     # ------------------------------------------------------------------ user's side
 
     def __enter__(self) -> Session:
-        self._enter(Location(self))
+        self._locations.append(self._enter(Location(self)))
         return self
 
     def __exit__(
@@ -107,7 +109,7 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave()
+        self._leave(self._locations.pop())
 
     @contextlib.contextmanager
     def at(self, *, step: int, branch: str = "cond") -> Iterator[Session]:
@@ -115,13 +117,13 @@ class Session:
         if step < 0 or (self.num_steps is not None and step >= self.num_steps):
             rule = "at least 0" if self.num_steps is None else f"from 0 to {self.num_steps - 1}"
             raise SessionError(f"`step`={step}: must be {rule}")
-        self._enter(Location(self, step, branch))
+        location = self._enter(Location(self, step, branch))
         try:
             yield self
         finally:
-            self._leave()
+            self._leave(location)
 
-    def _enter(self, location: Location) -> None:
+    def _enter(self, location: Location) -> Location:
         me = threading.get_ident()
         with self._lock:
             if self._depth and self._thread != me:
@@ -131,9 +133,11 @@ class Session:
                 )
             self._thread, self._depth = me, self._depth + 1
         ENTERED.set((*ENTERED.get(), location))
+        return location
 
-    def _leave(self) -> None:
-        ENTERED.set(ENTERED.get()[:-1])
+    def _leave(self, location: Location) -> None:
+        # By identity: generators may leave in another order than they entered.
+        ENTERED.set(tuple(other for other in ENTERED.get() if other is not location))
         with self._lock:
             self._depth -= 1
 
@@ -169,7 +173,7 @@ class Session:
         self.states.clear()
         self.shared_choice = None
         self.signature = None
-        self.step, self.branches_in_step = -1, []
+        self.step, self.branches_in_step, self.branches = -1, [], []
 
     def note(self, text: str) -> None:
         """Remember something the report should say, once."""
@@ -186,7 +190,7 @@ class Session:
         if isinstance(site, Cfg) and branch != "uncond":
             return False
         return self._holds(site, layout, branch, row) and all(
-            (kept := self.slots.get(slot.key(branch))) is not None and kept.step == self.step
+            self._written(slot, branch, row) == self.step
             for slot in layout.slots.values()
             if slot.site == site.name and slot.within_step
         )
@@ -201,8 +205,19 @@ class Session:
     def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether what a site keeps from step to step is there for a row."""
         lasting = [s for s in layout.slots.values() if s.site == site.name and not s.within_step]
-        kept = [self.slots.get(slot.key(branch)) for slot in lasting]
-        return bool(kept) and all(k is not None and row < len(k.rows) and k.rows[row] for k in kept)
+        return bool(lasting) and all(
+            self._written(slot, branch, row) is not None for slot in lasting
+        )
+
+    def _written(self, slot: Slot, branch: str, row: int) -> int | None:
+        """The step whose value a slot holds for a row."""
+        kept = self.slots.get(slot.key(branch))
+        return kept.steps[row] if kept is not None else None
+
+    @property
+    def all_branches_called(self) -> bool:
+        """Whether each branch of the step before was called in this one."""
+        return len(self.branches_in_step) >= len(self.branches)
 
     @property
     def cache_bytes(self) -> int:
@@ -212,27 +227,37 @@ class Session:
 
 @dataclasses.dataclass(slots=True)
 class Observation:
-    """The last sums of a signal; read to the host only when a rule asks."""
+    """Sums of a signal; read to the host only when a rule asks."""
 
     sums: Tensor | list[list[float]]
     step: int
-    gap: int
+    compared: tuple[int | None, ...]
+    """Per row, the step of the value it was compared with; None where there was none."""
 
     def row(self, index: int) -> Measure:
-        """The measure of one row; one row of sums serves all where there is no other."""
+        """The measure of one row.
+
+        One row of sums serves all (an embedding of one timestep); where a model folds another
+        axis into the rows (frames), those of a row are added up.
+        """
         if isinstance(self.sums, Tensor):
             self.sums = self.sums.tolist()
-        values = self.sums[index if index < len(self.sums) else 0]
-        motion = values[2] / values[3] if len(values) == 4 and values[3] > 0 else None
-        return Measure(values[0], values[1], self.step, self.gap, motion)
+        before = self.compared[index]
+        if before is None:
+            return Measure(math.nan, math.nan, self.step, 1)
+        share = max(len(self.sums) // len(self.compared), 1)
+        own = self.sums[index * share : (index + 1) * share] or self.sums
+        diff, ref, *moves = (sum(column) for column in zip(*own, strict=True))
+        motion = moves[0] / moves[1] if moves and moves[1] > 0 else None
+        return Measure(diff, ref, self.step, max(self.step - before, 1), motion)
 
 
 class Clock:
     """Steps and branches read off the calls alone, where nothing better is known.
 
     A timestep that differs from the one before starts a step; one that turns back starts a
-    request. Within a step, calls with other conditioning are other branches; the same
-    conditioning again at the same timestep is a further step (Heun).
+    request. Within a step, calls with other conditioning are other branches, named by their
+    order; the same conditioning again at the same timestep is a further step (Heun).
     """
 
     def __init__(self) -> None:
@@ -240,10 +265,12 @@ class Clock:
         self._time: float | None = None
         self._direction = 0.0
         self._seen: list[object] = []
-        self._keys: list[object] = []
 
     def tick(self, time: float, conditioning: object) -> tuple[int, str, bool]:
-        """(step, branch, whether a new request started) of a call."""
+        """(step, branch, whether a new request started) of a call.
+
+        `conditioning` is kept until the timestep changes and compared by ``==``.
+        """
         restarted = False
         if self._time is None or time != self._time:
             move = 0.0 if self._time is None else time - self._time
@@ -256,6 +283,20 @@ class Clock:
         elif conditioning in self._seen:
             self.step, self._seen = self.step + 1, []
         self._seen.append(conditioning)
-        if conditioning not in self._keys:
-            self._keys.append(conditioning)
-        return self.step, f"call{self._keys.index(conditioning)}", restarted
+        return self.step, f"call{len(self._seen) - 1}", restarted
+
+
+class Conditioning:
+    """The tensors that tell the branches of a step apart, equal if they are the same memory.
+
+    Holds them: an address that is free again could belong to another branch's.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tuple(tensors)
+        self._key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Conditioning) and self._key == other._key
+
+    __hash__ = None  # type: ignore[assignment]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 
 import cachepass
 from cachepass.adapters.diffusers import denoisers
-from examples.shapes.pipeline import ShapesPipeline, build_pipeline
+from examples.shapes.pipeline import ShapesPipeline, build_pipeline, build_scheduler
 from tests.requests import BOTH
 
 STEPS = 5
@@ -147,6 +150,69 @@ def test_a_pipeline_without_a_denoiser() -> None:
         cachepass.CachePassError, match=r"Nothing holds no denoiser: .*found \['vae'\]"
     ):
         cachepass.compile(Nothing(), policy="compute")
+
+
+def test_a_solver_that_calls_twice_a_step() -> None:
+    """Heun: the scheduler counts each of its two halves as a step, and so do requests."""
+    pipe = _pipe()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    pipe = _compile(pipe, cachepass.Schedule(reuse={3: "stack", 6: "stack"}))
+    _generate(pipe)
+    (request,) = _requests(pipe)
+    assert request["num_inference_steps"] == len(pipe.scheduler.timesteps) == 2 * STEPS - 1
+    steps = [c["step"] for c in request["steps"]]
+    assert steps == [step for step in range(2 * STEPS - 1) for _ in BOTH]
+    assert {c["step"] for c in request["steps"] if c["reused"] == [["stack"]]} == {3, 6}
+    assert request["notes"] == []
+
+
+def test_weights_written_to_between_requests() -> None:
+    """Weights that are written to between requests: the next one has the new ones."""
+    pipe = _compile(_pipe(), "compute")
+    first = _generate(pipe)
+    linear = pipe.transformer.blocks[0].attn1.to_q
+    with torch.no_grad():
+        linear.weight.data = linear.weight + 0.1 * torch.ones_like(linear.weight)
+    second = _generate(pipe)
+    assert not torch.equal(first, second)
+    assert torch.equal(_generate(cachepass.restore(pipe)), second)
+
+
+def test_a_copied_scheduler_is_no_clock() -> None:
+    """Some pipelines step a deep copy of their scheduler beside it."""
+    pipe = _compile(_pipe(), "compute")
+    other = copy.deepcopy(pipe.scheduler)
+    other.set_timesteps(7)
+    assert len(other.timesteps) == 7
+    _generate(pipe)
+    assert len(other.timesteps) == 7, "the copy has timesteps of its own"
+    (request,) = _requests(pipe)
+    assert request["num_inference_steps"] == STEPS
+    assert "sigmas" in inspect.signature(pipe.scheduler.set_timesteps).parameters
+
+
+def test_a_scheduler_replaced_after_compile_is_an_error() -> None:
+    pipe = _compile(_pipe(), "compute")
+    _generate(pipe)
+    pipe.scheduler = build_scheduler("euler")
+    with pytest.raises(cachepass.SessionError, match=r"scheduler replaced after .*restore\(pipe\)"):
+        _generate(pipe)
+    pipe = _compile(cachepass.restore(pipe), "compute")
+    _generate(pipe)
+
+
+def test_a_reset_in_the_middle_goes_on_cold() -> None:
+    pipe = _compile(_pipe(), cachepass.Schedule(reuse={1: "stack", 3: "stack", 4: "stack"}))
+
+    def reset(owner: Any, step: int, time: torch.Tensor, given: dict[str, Any]) -> Any:
+        if step == 2:
+            cachepass.reset(pipe)
+        return given
+
+    _generate(pipe, callback_on_step_end=reset)
+    (request,) = _requests(pipe)
+    calls = [(c["step"], bool(c["reused"][0])) for c in request["steps"] if c["branch"] == "cond"]
+    assert calls == [(0, False), (1, True), (2, False), (3, False), (4, True)]
 
 
 def test_schedulers_tell_the_same_steps() -> None:

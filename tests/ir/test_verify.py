@@ -167,6 +167,13 @@ def _open_context(graph: fx.Graph, a: fx.Node) -> Any:
     return a
 
 
+def _tuple_operand() -> Draft:
+    draft = _region(lambda graph, a: a)()
+    call = next(iter(draft.graph.find_nodes(op="call_module")))
+    call.args[0].meta["example_value"] = (X, X)
+    return draft
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -186,6 +193,7 @@ def _open_context(graph: fx.Graph, a: fx.Node) -> Any:
         (_arms(lambda: _arm(_random), lambda: _arm(_add)), r"skip a random draw \(randn_like\)"),
         (_region(_write_argument), "region 'block' writes to its argument 'a0'"),
         (_region(_write_view), "region 'block' writes to its argument 'a0'"),
+        (_tuple_operand, "region 'block' is given the tuple 'x': let its items cross"),
         (_region(_open_context), "region 'block' opens or closes a context without its other"),
     ],
 )

@@ -11,7 +11,7 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 import cachepass
 from tests.models import TINY, TOY, WAN, as_tensor, distance
 from tests.reference import MIXCACHE, FirstBlockRule, MixCacheRule, Reference, Rule
-from tests.requests import assert_follows, run
+from tests.requests import assert_follows, decisions, run
 
 STEPS = 12
 POLICIES: dict[str, cachepass.Policy] = {
@@ -110,6 +110,52 @@ def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
         outputs.append(found)
     for eager, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        cachepass.Schedule(reuse={1: "stack", 3: "stack"}),
+        pytest.param(
+            cachepass.AdaCache(codebook=((9.0, 2),), motion=False), marks=pytest.mark.full
+        ),
+    ],
+)
+def test_layouts_of_slots_and_arms(policy: cachepass.Policy) -> None:
+    """A stream that is transposed in memory, and residuals that are not, over several steps."""
+    cached, eager = (
+        cachepass.compile(TOY.model(), policy=policy, inner=inner)
+        for inner in ("inductor", "eager")
+    )
+    found = []
+    for model in (cached, eager):
+        session = cachepass.session(model, num_inference_steps=8)
+        outputs = []
+        for step in range(6):
+            with session.at(step=step):
+                outputs.append(model(**TOY.example(step)))
+        assert any(names for _, _, names in decisions(session))
+        found.append(outputs)
+    for a, b in zip(*found, strict=True):
+        assert distance(a, b) < 1e-5
+
+
+@pytest.mark.full
+def test_flux_with_two_rows() -> None:
+    """Its single blocks return slices, which with several rows are not dense."""
+    tiny = TINY["flux"]
+    cached = cachepass.compile(tiny.model(), policy=cachepass.Schedule(reuse={1: "stack"}))
+    inputs = tiny.example()
+    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
+        inputs[name] = torch.cat([inputs[name], inputs[name] + 0.1])
+    inputs["timestep"] = inputs["timestep"].repeat(2)
+    session = cachepass.session(cached, num_inference_steps=4)
+    outputs = []
+    for step in range(3):
+        with session.at(step=step):
+            outputs.append(as_tensor(cached(**inputs)))
+    assert [bool(names) for _, _, names in decisions(session)] == [False, True, False]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_resolution_compiles_and_is_right() -> None:

@@ -204,7 +204,7 @@ def test_dead_slots_go_with_the_work_that_fills_them() -> None:
     gm = captured.run(MarkBoundaries(), InsertSignals((Blocks(),), (TimestepChange(),)))
     for part in walk(gm):
         for node in list(part.graph.find_nodes(op="call_function", target=ops.observe)):
-            sums = node.args[2]
+            sums = node.args[3]
             part.graph.erase_node(node)
             part.graph.erase_node(sums)
     result = run_passes(gm, [EliminateDeadCache()])

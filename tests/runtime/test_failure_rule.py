@@ -10,7 +10,7 @@ import torch
 
 import cachepass
 from tests.models import WAN, as_tensor
-from tests.requests import decisions
+from tests.requests import decisions, notes, run
 
 POLICIES: list[cachepass.Policy] = [
     cachepass.FirstBlock(threshold=math.inf, warmup_steps=0),
@@ -33,6 +33,14 @@ def test_nan_and_inf_are_no_evidence(policy: cachepass.Policy, bad: float) -> No
             cached(**inputs)
     reused = [bool(names) for _, _, names in decisions(session)]
     assert reused == [False, True, False, False, False]
+    assert f"signal {policy.signals()[0].name!r} was NaN, infinite or zero" in notes(session)
+
+
+def test_finite_signals_leave_no_note() -> None:
+    """The first measure is against an empty slot, which is no failure."""
+    for policy in POLICIES:
+        _, session = run(cachepass.compile(WAN.model(), policy=policy, inner="eager"), steps=4)
+        assert notes(session) == ""
 
 
 def test_a_cold_slot_is_computed() -> None:

@@ -19,7 +19,7 @@ from tests.reference import (
     ScheduleRule,
     TeaCacheRule,
 )
-from tests.requests import BOTH, assert_follows, denoise, plain
+from tests.requests import BOTH, assert_follows, caller, decisions, denoise, plain
 
 STEPS = 12
 
@@ -60,6 +60,26 @@ def test_schedule(kind: str) -> None:
 def test_firstblock(branches: tuple[str, ...]) -> None:
     policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2)
     check(policy, FirstBlockRule(0.1, 2), branches=branches)
+
+
+def test_half_precision() -> None:
+    """Computed calls are the model's, bit by bit; outputs and slots have its dtype."""
+    model = WAN.model().bfloat16()
+    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2)
+    cached: Any = cachepass.compile(model, policy=policy, inner="eager")
+    session = cachepass.session(cached, num_inference_steps=STEPS)
+    ours, theirs = caller(cached, session), plain(model)
+
+    def call(step: int, branch: str, *tensors: torch.Tensor) -> torch.Tensor:
+        out = ours(step, branch, *tensors)
+        assert out.dtype == torch.bfloat16
+        if not decisions(session)[-1][2]:
+            assert torch.equal(out, theirs(step, branch, *tensors))
+        return out
+
+    denoise(call, steps=STEPS, dtype=torch.bfloat16)
+    assert {bool(names) for _, _, names in decisions(session)} == {False, True}
+    assert {kept.value.dtype for kept in session.slots.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.5, 0.3, 0.001)])

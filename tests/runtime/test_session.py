@@ -108,7 +108,9 @@ def test_sessions_of_two_models_may_be_entered_together() -> None:
 # ------------------------------------------------------------------ the fallback clock
 
 
-@pytest.mark.parametrize("policy", [cachepass.Compute(), cachepass.FirstBlock(threshold=0.1, warmup_steps=0)])
+@pytest.mark.parametrize(
+    "policy", [cachepass.Compute(), cachepass.FirstBlock(threshold=0.1, warmup_steps=0)]
+)
 def test_a_loop_without_a_session(policy: cachepass.Policy) -> None:
     """Timestep and conditioning tell step and branch, as well as a session would."""
     cached = cachepass.compile(WAN.model(), policy=policy, inner="eager")
@@ -151,6 +153,31 @@ def test_the_clock(calls: list[tuple[float, str]], expected: list[tuple[int, int
     ticks = [clock.tick(time, conditioning) for time, conditioning in calls]
     assert [(step, f"call{i}") for step, i in expected] == [(s, b) for s, b, _ in ticks]
     assert not any(restarted for _, _, restarted in ticks)
+
+
+def test_temporaries_do_not_pass_for_each_other() -> None:
+    """An embedding that is freed after its call lends its address to the next branch's."""
+    cached = _toy(cachepass.FirstBlock(threshold=1e9, warmup_steps=0))
+    inputs = TOY.example()
+    for time in (0.9, 0.5):
+        for label in (3, 5):
+            cached(inputs["x"], torch.tensor([time]), torch.tensor([label]))
+    (request,) = cachepass.report(cached).to_dict()["requests"]
+    assert [(c["step"], c["branch"]) for c in request["steps"]] == [
+        (step, branch) for step in (0, 1) for branch in ("call0", "call1")
+    ]
+
+
+def test_sessions_left_in_another_order_than_entered() -> None:
+    cached = _toy(cachepass.Compute())
+    a, b = (cachepass.session(cached, num_inference_steps=3) for _ in range(2))
+    first, second = a.at(step=1), b.at(step=2)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    cached(**TOY.example())
+    second.__exit__(None, None, None)
+    assert decisions(b) == [(2, "cond", [])]
 
 
 def test_the_clock_restarts_where_time_turns_back() -> None:

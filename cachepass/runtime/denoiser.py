@@ -169,7 +169,8 @@ class Denoiser:
         conditioning = [args[i] for i in program.conditioning]
         with self.lock:
             session, step, branch = self._locate(time, conditioning)
-            if step != session.step:  # once per step: a model has hundreds of weights
+            # Once per step, and only where something is cached: a model has hundreds of weights.
+            if step != session.step and self.sites:
                 session.weights = program.weights(args)
             signature = (
                 id(program), latent.shape, latent.dtype, latent.device, session.weights,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cachepass.runtime.policies import Schedule
@@ -48,19 +48,29 @@ class Blind:
         return 1 - (1 - left) * len(self.schedule(steps).reuse) / steps
 
 
-def around(costs: Iterable[float], window: float, steps: int) -> Iterator[Blind]:
+def around(costs: Iterable[float], window: float, steps: int) -> list[Blind]:
     """The schedules that cost up to `window` less, or half of it more, than a policy.
 
     The envelope at a cost depends on the best of what is cheaper and on what comes next
-    above; trying all takes hours.
+    above; trying all takes hours. Of those that start early, the nearest on either side of
+    each cost are always there.
     """
-    wanted = list(costs)
-    for granularity in GRANULARITIES:
-        starts = STARTS + (LATE_STARTS if granularity in LATE_GRANULARITIES else ())
-        for period, start in itertools.product(PERIODS, starts):
-            blind = Blind(granularity=granularity, period=period, start=start)
-            if any(-window <= blind.cost(steps) - cost <= window / 2 for cost in wanted):
-                yield blind
+    every = [
+        Blind(granularity=granularity, period=period, start=start)
+        for granularity in GRANULARITIES
+        for period, start in itertools.product(
+            PERIODS, STARTS + (LATE_STARTS if granularity in LATE_GRANULARITIES else ())
+        )
+    ]
+    chosen = set()
+    for cost in costs:
+        away = {blind: blind.cost(steps) - cost for blind in every}
+        chosen |= {b for b, d in away.items() if -window <= d <= window / 2}
+        early = {b: d for b, d in away.items() if not b.late}
+        below = max((d for d in early.values() if d <= 0), default=None)
+        above = min((d for d in early.values() if d >= 0), default=None)
+        chosen |= {b for b, d in early.items() if d in (below, above)}
+    return [blind for blind in every if blind in chosen]
 
 
 def envelope(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

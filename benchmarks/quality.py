@@ -112,7 +112,7 @@ def measure(prompts: int, seeds: int, window: float, progress: Progress) -> Resu
     ]
     references, plain_seconds, adaptive = _adaptive(requests, progress)
     costs = [statistics.fmean(s.cost for s in scores) for scores in adaptive.values()]
-    blind = _blind(list(around(costs, window, STEPS)), requests, references, progress)
+    blind = _blind(around(costs, window, STEPS), requests, references, progress)
 
     figures = []
     for name, scores in adaptive.items():

@@ -29,7 +29,7 @@ def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tu
         OutlineBlocks(sites),
         # From the inside out, so that a later site may hold an earlier one.
         InsertBlockCache(sites, signals),
-        InsertStepCache(sites),
+        InsertStepCache(sites, signals),
         InsertCfgCache(sites, signals),
         # After all readers and writers are in place.
         EliminateDeadCache(),

@@ -19,6 +19,7 @@ from cachepass.ir.boundary import (
     Signal,
     Site,
     Slot,
+    change_at,
     layout_of,
     place_of,
 )
@@ -47,7 +48,6 @@ class InsertBlockCache:
             for site in self.sites
             if isinstance(site, Blocks) and site.name not in layout.coverage
         ]
-        measured = {s.site: s for s in self.signals if isinstance(s, CacheChange)}
         for site, start, stop in sorted(ranges, key=lambda r: r[2] - r[1]):
             for other, low, high in ranges:
                 if start < low < stop < high:
@@ -55,7 +55,7 @@ class InsertBlockCache:
                         f"sites {site.name!r} [{start}:{stop}] and {other.name!r} [{low}:{high}] "
                         "overlap: one must hold the other, or they must be apart"
                     )
-            _wrap(gm, site, start, stop, measured.get(site.name))
+            _wrap(gm, site, start, stop, change_at(site, self.signals))
             layout.coverage[site.name] = frozenset(range(start, stop))
         return PassResult(gm, modified=bool(ranges))
 

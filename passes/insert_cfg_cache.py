@@ -10,7 +10,7 @@ from torch import fx
 
 from cachepass.errors import PolicyError
 from cachepass.ir import ops
-from cachepass.ir.boundary import CacheChange, Cfg, Signal, Site, Slot, layout_of
+from cachepass.ir.boundary import Cfg, Signal, Site, Slot, change_at, layout_of
 from cachepass.ir.graph import add_guard, call_nodes, insert_conditional, outputs_of
 from cachepass.pass_manager import PassResult
 
@@ -34,10 +34,7 @@ class InsertCfgCache:
         site = next((s for s in self.sites if isinstance(s, Cfg)), None)
         if site is None or site.name in layout.coverage:
             return PassResult(gm, modified=False)
-        measured = next(
-            (s for s in self.signals if isinstance(s, CacheChange) and s.site == site.name),
-            None,
-        )
+        measured = change_at(site, self.signals)
         nodes = call_nodes(gm, site.name)
         outputs = outputs_of(nodes)
         if len(outputs) != 1:

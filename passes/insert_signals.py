@@ -12,12 +12,14 @@ from cachepass.errors import PolicyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import (
     BlockChange,
+    CacheChange,
     LatentChange,
     Layout,
     Signal,
     Site,
     Slot,
     SublayerChange,
+    Sublayers,
     TimestepChange,
     layout_of,
     place_of,
@@ -37,7 +39,8 @@ class InsertSignals:
     3. `BlockChange` is measured after its block; its reference is what the last full call had.
     4. `SublayerChange` is measured inside its block, so that Inductor fuses it there; what it
        finds serves later calls.
-    5. A policy without sites never decides: nothing is inserted.
+    5. `CacheChange` is measured where its site keeps its value, by the pass of that site.
+    6. A policy without sites never decides: nothing is inserted.
     """
 
     sites: tuple[Site, ...]
@@ -47,7 +50,7 @@ class InsertSignals:
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         graph = gm.graph
         if not self.sites or graph.find_nodes(op="call_function", target=ops.decide):
-            return PassResult(gm, modified=False)  # case 5, or run before
+            return PassResult(gm, modified=False)  # case 6, or run before
         layout = layout_of(gm)
         frame = frame_of(gm)
         at = list(graph.find_nodes(op="placeholder"))[-1]
@@ -70,6 +73,8 @@ class InsertSignals:
         for signal in self.signals:
             if isinstance(signal, SublayerChange):
                 _measure_sublayer(gm, frame, layout, signal)
+            elif isinstance(signal, CacheChange):
+                _check_site(signal, self.sites)
         return PassResult(gm, modified=True)
 
 
@@ -212,6 +217,15 @@ def _measure_sublayer(
     with graph.inserting_after(nodes[-1]):
         guard = add_guard(graph, frame, ops.When.FULL, (sums, kept), arm, owner=gm)
     guard.meta["place"] = place
+
+
+def _check_site(signal: CacheChange, sites: Sequence[Site]) -> None:
+    fit = [site.name for site in sites if not isinstance(site, Sublayers)]
+    if signal.site not in fit:
+        raise PolicyError(
+            f"signal {signal.name!r} measures what site {signal.site!r} caches: it must be one of "
+            f"the policy's sites that keep one value ({', '.join(fit) or 'it has none'})"
+        )
 
 
 def _block_nodes(graph: fx.Graph, layout: Layout, index: int) -> list[fx.Node]:

@@ -129,7 +129,7 @@ class Reference:
             h = self._run(h, start, len(self.model.blocks), ranges, branch, reused, full, step)
             out = self._epilogue(h, temb, latent)
             if full and whole is not None:
-                self.kept[whole, branch] = out.clone()
+                self._observe(whole, branch, out, step)
         if branch == "cond":
             self.conditional = out.clone()
         elif full and self.conditional is not None:
@@ -342,6 +342,7 @@ class AdaCacheRule(Rule):
 MIXCACHE: dict[str, Any] = {
     "interval": (2, 5), "start_interval": 3, "trigger": 0.06, "warmup": 0.1,
     "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
+    "influence": (0.3, 0.3, 1.0),
 }  # fmt: skip
 """Numbers under which a short request has runs of every granularity; not the defaults."""
 
@@ -350,19 +351,19 @@ class MixCacheRule(Rule):
     """One full step, then some cached ones, each at the granularity that costs least."""
 
     shared = True
+    whole_call = "step"
 
     def __init__(
         self, *, interval: tuple[int, int], start_interval: int, trigger: float, warmup: float,
         latest_start: float, shorten: float, lengthen: float, repeat_penalty: float,
-        influence: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        middle: tuple[int, int] = (1, 3),
+        influence: tuple[float, float, float], middle: tuple[int, int] = (1, 3),
     ) -> None:  # fmt: skip
         self.bounds, self.interval = interval, start_interval
         self.trigger, self.warmup, self.latest_start = trigger, warmup, latest_start
         self.shorten, self.lengthen = shorten, lengthen
         self.influence = dict(zip(("step", "cfg", "block"), influence, strict=True))
         self.penalty = repeat_penalty
-        self.ranges = (("step", (0, 4)), ("block", middle))
+        self.ranges = (("block", middle),)
         self.on, self.last_full = False, 0
         self.chosen: str | None = None
         self.in_run = self.ended_run = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -173,6 +173,11 @@ class CacheChange(Signal):
     """The object that a site caches, against what it cached before, at full calls."""
 
     site: str
+
+
+def change_at(site: Site, signals: Iterable[Signal]) -> CacheChange | None:
+    """The signal that measures what a site caches, if a policy wants it."""
+    return next((s for s in signals if isinstance(s, CacheChange) and s.site == site.name), None)
 
 
 # ----------------------------------------------------------------------------- slots

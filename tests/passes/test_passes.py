@@ -259,6 +259,10 @@ def _failing(policy: Script) -> None:
             r"site 'cfg' is the whole call, but the policy decides only after",
         ),
         (
+            Script(places=(ATTENTION, Cfg()), measured=(CacheChange(name="a", site="attention"),)),
+            r"signal 'a' measures what site 'attention' caches: .* keep one value \(cfg\)",
+        ),
+        (
             Script(places=(Sublayers(name="x", kinds=(Kind.CROSS_ATTENTION,)),)),
             r"site 'x' asks for sublayers of kind cross-attention; this model offers mlp, self",
         ),
@@ -283,7 +287,7 @@ def test_what_a_policy_may_not_ask_for(policy: Script, message: str) -> None:
         InsertSignals((Blocks(),), ()),
         InsertSublayerCache((ATTENTION,)),
         InsertBlockCache((Blocks(),), ()),
-        InsertStepCache((WholeCall(),)),
+        InsertStepCache((WholeCall(),), ()),
         InsertCfgCache((Cfg(),), ()),
         EliminateDeadCache(),
     ],
@@ -325,7 +329,7 @@ def test_subsets_of_the_pipeline_verify(
     sites = tuple(site for name, site in SITES.items() if name in names)
     signals: list[Signal] = [LatentChange()] if "latent" in measured else []
     if "cache" in measured:
-        signals += [CacheChange(name=s.name, site=s.name) for s in sites if s.name == "stack"]
+        signals += [CacheChange(name=s.name, site=s.name) for s in sites if s != ATTENTION]
     captured = capture()
     passes = [p for p in default_pipeline(sites, tuple(signals)) if p.name not in left_out]
     gm = captured.run(*passes)

@@ -95,7 +95,7 @@ def test_rows_do_not_depend_on_their_neighbours(
 ADAPTIVE: list[cachepass.Policy] = [
     cachepass.FirstBlock(threshold=0.105, warmup_steps=0),
     cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1)), motion=False),
-    cachepass.MixCache(trigger=9.0, shorten=0.25, lengthen=0.22, interval=(2, 5)),
+    cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
 ]
 
 

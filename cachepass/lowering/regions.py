@@ -8,15 +8,15 @@ Both arms of every conditional are lowered, so nothing compiles after the first 
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -47,15 +47,11 @@ class RegionCompiler:
     def __call__(
         self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode
     ) -> Compiled:
-        """The compiled region for fake or plain `inputs`."""
+        """The compiled region for fake or plain `inputs`; takes them as one list."""
         key = (id(region), signature_of(inputs))
         if key not in self._compiled:
             started = time.perf_counter()
-            with _outside_of_dynamo(mode):
-                compiled: Any = compile_fx(
-                    _fresh(region), list(inputs), config_patches=self._patches or None
-                )
-            self._compiled[key] = compiled
+            self._compiled[key] = _compile(region, inputs, mode, self._patches)
             self._regions.append(region)
             self.count += 1
             self.seconds += time.perf_counter() - started
@@ -114,7 +110,7 @@ class _Lowering:
                 compiled = self._compiler(region, inputs, self._mode)
                 values[node] = self._run(region, inputs)
                 taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
-                copies[node] = graph.call_function(_named(compiled, str(node.target)), taken)
+                copies[node] = graph.call_function(_named(compiled, str(node.target)), ([*taken],))
             else:
                 values[node] = self._interpret(gm, node, inputs, arms)
                 copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -178,6 +174,43 @@ class _Lowering:
         return self._results[key]
 
 
+def _compile(
+    region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, patches: dict[str, Any]
+) -> Compiled:
+    """Inductor's own code for a region, without what AOTAutograd wraps around it.
+
+    The wrappers regenerate views of inputs, apply mutations and handle grad mode. A region has
+    nothing of that as a rule, is called a dozen times in each call, and would spend half of its
+    time between kernels there.
+    """
+    codes: list[OutputCode] = []
+
+    def keep(*args: Any, **kwargs: Any) -> OutputCode:
+        codes.append(compile_fx_inner(*args, **kwargs))
+        return codes[-1]
+
+    context = torch._guards.TracingContext(mode)
+    # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
+    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch._guards.tracing(context), torch.no_grad(), uncached:
+        wrapped: Any = compile_fx(
+            _fresh(region), list(inputs), inner_compile=keep, config_patches=patches or None
+        )
+    facts = context.fw_metadata
+    nothing_to_wrap = (
+        facts is not None
+        and not facts.num_mutated_inp_runtime_indices
+        and not facts.num_outputs_aliased
+        and not facts.num_intermediate_bases
+        and not facts.tokens
+        and not torch._C._is_any_autocast_enabled()
+    )
+    if not nothing_to_wrap or len(codes) != 1 or not isinstance(codes[0], CompiledFxGraph):
+        return lambda values: wrapped(*values)
+    code: Any = codes[0].current_callable
+    return lambda values: code(values)
+
+
 def _make_contiguous(arm: fx.GraphModule, index: int) -> None:
     """Let an arm return its i-th result in contiguous memory."""
     output = arm.graph.output_node()
@@ -196,12 +229,6 @@ def _fresh(region: fx.GraphModule) -> fx.GraphModule:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {}
     return fx.GraphModule(region, graph)
-
-
-@contextlib.contextmanager
-def _outside_of_dynamo(mode: FakeTensorMode) -> Iterator[None]:
-    with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad():
-        yield
 
 
 def _named(compiled: Compiled, name: str) -> Compiled:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cachepass.errors import SessionError
 from cachepass.ir.boundary import Cfg, Layout, Site, Slot
-from cachepass.runtime.policy import Measure
+from cachepass.runtime.policy import UNMEASURED, Measure
 
 
 @dataclasses.dataclass(slots=True)
@@ -183,7 +182,8 @@ class Session:
     def record(self, call: CallRecord) -> None:
         """Add a call to the history."""
         self.history.records.append(call)
-        self.history.peak_bytes = max(self.history.peak_bytes, self.cache_bytes)
+        if not all(call.reused):  # a row that computed filled slots
+            self.history.peak_bytes = max(self.history.peak_bytes, self.cache_bytes)
 
     def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether a call of a branch could reuse a site for a row now."""
@@ -216,7 +216,7 @@ class Session:
 
     @property
     def all_branches_called(self) -> bool:
-        """Whether each branch of the step before was called in this one."""
+        """Whether each branch known so far was called in this step."""
         return len(self.branches_in_step) >= len(self.branches)
 
     @property
@@ -244,7 +244,7 @@ class Observation:
             self.sums = self.sums.tolist()
         before = self.compared[index]
         if before is None:
-            return Measure(math.nan, math.nan, self.step, 1)
+            return dataclasses.replace(UNMEASURED, step=self.step)
         share = max(len(self.sums) // len(self.compared), 1)
         own = self.sums[index * share : (index + 1) * share] or self.sums
         diff, ref, *moves = (sum(column) for column in zip(*own, strict=True))

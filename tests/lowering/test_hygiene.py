@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,6 +34,18 @@ def _compiled() -> int:
 def _compiles(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = cachepass.report(model).to_dict()["compiles"]
     return found
+
+
+def _steps(
+    model: Any, inputs: Sequence[dict[str, Any]]
+) -> tuple[list[torch.Tensor], cachepass.Session]:
+    """One call in each step of a session."""
+    session = cachepass.session(model, num_inference_steps=len(inputs) + 1)
+    outputs = []
+    for step, given in enumerate(inputs):
+        with session.at(step=step):
+            outputs.append(as_tensor(model(**given)))
+    return outputs, session
 
 
 def _check(policy: cachepass.Policy) -> None:
@@ -100,13 +113,8 @@ def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
             else cachepass.Schedule(reuse={1: policy.removeprefix("schedule-")}),
             inner=inner,
         )
-        session = cachepass.session(cached, num_inference_steps=3)
-        found = []
-        for step, seed in enumerate((1, 2)):
-            with session.at(step=step):
-                found.append(as_tensor(cached(**tiny.example(seed))))
-        (request,) = cachepass.report(session).to_dict()["requests"]
-        assert [bool(c["reused"][0]) for c in request["steps"]] == [False, True]
+        found, session = _steps(cached, [tiny.example(1), tiny.example(2)])
+        assert [bool(names) for _, _, names in decisions(session)] == [False, True]
         outputs.append(found)
     for eager, compiled in zip(*outputs, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
@@ -129,11 +137,7 @@ def test_layouts_of_slots_and_arms(policy: cachepass.Policy) -> None:
     )
     found = []
     for model in (cached, eager):
-        session = cachepass.session(model, num_inference_steps=8)
-        outputs = []
-        for step in range(6):
-            with session.at(step=step):
-                outputs.append(model(**TOY.example(step)))
+        outputs, session = _steps(model, [TOY.example(step) for step in range(6)])
         assert any(names for _, _, names in decisions(session))
         found.append(outputs)
     for a, b in zip(*found, strict=True):
@@ -149,11 +153,7 @@ def test_flux_with_two_rows() -> None:
     for name in ("hidden_states", "encoder_hidden_states", "pooled_projections"):
         inputs[name] = torch.cat([inputs[name], inputs[name] + 0.1])
     inputs["timestep"] = inputs["timestep"].repeat(2)
-    session = cachepass.session(cached, num_inference_steps=4)
-    outputs = []
-    for step in range(3):
-        with session.at(step=step):
-            outputs.append(as_tensor(cached(**inputs)))
+    outputs, session = _steps(cached, [inputs] * 3)
     assert [bool(names) for _, _, names in decisions(session)] == [False, True, False]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 

@@ -54,9 +54,13 @@ SITES: dict[str, Site] = {
 ALL = tuple(SITES.values())
 
 
-def _number(captured: Captured, policy: Script, name: str) -> int:
-    names = [p.name for p in captured.pipeline(policy)]
-    return names.index(name)
+def _run_up_to(name: str, policy: Script) -> tuple[Captured, Pass, tuple[Pass, ...]]:
+    """A graph as the pass of this name finds it, that pass, and those that follow."""
+    captured = capture()
+    passes = captured.pipeline(policy)
+    number = [p.name for p in passes].index(name)
+    captured.run(*passes[:number])
+    return captured, passes[number], passes[number + 1 :]
 
 
 FIRES = {
@@ -74,19 +78,18 @@ FIRES = {
 
 @pytest.mark.parametrize("name", FIRES)
 def test_fires_and_is_idempotent(name: str) -> None:
-    policy, captured = FIRES[name], capture()
-    passes = captured.pipeline(policy)
-    number = _number(captured, policy, name)
-    gm = captured.run(*passes[:number])
-    result = run_passes(gm, [passes[number]])
+    policy = FIRES[name]
+    captured, current, later = _run_up_to(name, policy)
+    gm = captured.gm
+    result = run_passes(gm, [current])
     assert result.modified
     assert captured.matches(policy)
     text = format_graph(gm)
-    again = passes[number](gm)
+    again = current(gm)
     assert not again.modified
     assert again.graph_module is gm
     assert format_graph(gm) == text
-    captured.run(*passes[number + 1 :])
+    captured.run(*later)
     assert captured.matches(policy)
 
 
@@ -102,12 +105,10 @@ IDLE = {
 
 @pytest.mark.parametrize("name", IDLE)
 def test_leaves_alone_what_is_not_its_own(name: str) -> None:
-    policy, captured = IDLE[name], capture()
-    passes = captured.pipeline(policy)
-    number = _number(captured, policy, name)
-    gm = captured.run(*passes[:number])
+    captured, current, _ = _run_up_to(name, IDLE[name])
+    gm = captured.gm
     text = format_graph(gm)
-    result = passes[number](gm)
+    result = current(gm)
     assert not result.modified
     assert result.graph_module is gm
     assert format_graph(gm) == text

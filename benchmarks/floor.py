@@ -24,7 +24,7 @@ from benchmarks.testbed import (
     plain_call,
     uniform,
 )
-from cachepass.runtime.policy import Policy
+from cachepass.runtime.policy import NamedPolicy
 from examples.shapes.model import SIZES, load
 
 STEPS = 50
@@ -42,7 +42,7 @@ def measure(pairs: int, progress: Progress) -> Result:
     """Time the loops of all policies and of the plain models, in turns."""
     layers = SIZES["large"].layers
     sizes = (0, layers // 2, layers)
-    policies: dict[str, Policy] = {**ADAPTIVE, "uniform, period 2": uniform(STEPS)}
+    policies: dict[str, NamedPolicy] = {**ADAPTIVE, "uniform, period 2": uniform(STEPS)}
 
     # One set of weights for all: where they lie in memory alone makes two equal models
     # differ by some percent.

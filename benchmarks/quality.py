@@ -22,7 +22,7 @@ from benchmarks.baseline import GRANULARITIES, Blind, around, at_cost, envelope
 from benchmarks.figures import Figure, Result
 from benchmarks.sampling import Estimate, bootstrap
 from benchmarks.testbed import ADAPTIVE, Progress, plain
-from cachepass.runtime.policy import Policy
+from cachepass.runtime.policy import NamedPolicy
 from examples.shapes.pipeline import GUIDANCE_SCALE, build_pipeline
 from examples.shapes.quality import psnr, ssim
 
@@ -76,7 +76,7 @@ def generate(pipe: Any, request: Request, steps: int = STEPS) -> tuple[torch.Ten
     return frames[0], time.perf_counter() - started
 
 
-def build(policy: Policy | None) -> Any:
+def build(policy: NamedPolicy | None) -> Any:
     """A pipeline, compiled by a first short request; plain without a policy."""
     pipe: Any = build_pipeline("large")
     pipe.set_progress_bar_config(disable=True)
@@ -169,7 +169,7 @@ def _blind(
             # All of a granularity have the same sites, hence the same graph, and a
             # policy is nothing but a rule: no need to compile anew for each.
             assert pipe is not None
-            pipe.transformer.denoiser.policy = blind.schedule(STEPS)
+            pipe.transformer.denoiser.policy = blind.schedule(STEPS).combine()
             scores[blind] = [
                 score(pipe, request, reference)
                 for request, reference in zip(requests, references, strict=True)

@@ -19,7 +19,7 @@ from cachepass.runtime.policies import MixCache, Schedule
 from cachepass.runtime.policies.adacache import AdaCache
 from cachepass.runtime.policies.firstblock import FirstBlock
 from cachepass.runtime.policies.teacache import TeaCache
-from cachepass.runtime.policy import Policy
+from cachepass.runtime.policy import NamedPolicy
 from cachepass.runtime.session import Session
 from examples.shapes.pipeline import GUIDANCE_SCALE, build_scheduler
 from examples.shapes.world import embed_prompt
@@ -28,7 +28,7 @@ PROMPT = "magenta triangle bounce checker"
 LATENT = (1, 16, 8, 16, 16)
 
 # At the defaults they are shipped with.
-ADAPTIVE: dict[str, Policy] = {
+ADAPTIVE: dict[str, NamedPolicy] = {
     "mixcache": MixCache(),
     "adacache": AdaCache(),
     "adacache, no motion": AdaCache(motion=False),
@@ -138,7 +138,7 @@ class CachedLoop:
     session: Session | None = None
 
     @classmethod
-    def build(cls, policy: Policy, loop: Loop, model: nn.Module) -> CachedLoop:
+    def build(cls, policy: NamedPolicy, loop: Loop, model: nn.Module) -> CachedLoop:
         """A model under a policy."""
         return cls(model=cachepass.compile(model, policy=policy), loop=loop)
 

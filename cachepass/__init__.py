@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# Compile, and look inside.
 from cachepass.api import (
     CachedModule as CachedModule,
     compile as compile,
@@ -19,16 +20,79 @@ from cachepass.errors import (
     SessionError as SessionError,
     VerifyError as VerifyError,
 )
+
+# Where: sites; and what can be measured.
+from cachepass.ir.boundary import (
+    Against as Against,
+    BlockChange as BlockChange,
+    Blocks as Blocks,
+    CacheChange as CacheChange,
+    Cfg as Cfg,
+    Kind as Kind,
+    LatentChange as LatentChange,
+    OutputChange as OutputChange,
+    SublayerChange as SublayerChange,
+    Sublayers as Sublayers,
+    TimestepChange as TimestepChange,
+    WholeCall as WholeCall,
+)
+
+# What instead: predictors.
+from cachepass.ir.predictors import (
+    LAST as LAST,
+    RESIDUAL as RESIDUAL,
+    Extrapolate as Extrapolate,
+    FrequencySplit as FrequencySplit,
+    Predictor as Predictor,
+    Reuse as Reuse,
+    Taylor as Taylor,
+    TwoAnchor as TwoAnchor,
+)
+
+# Combinations that have a name.
 from cachepass.runtime.policies import (
+    PAB as PAB,
     AdaCache as AdaCache,
     Compute as Compute,
+    DBCache as DBCache,
+    DiCache as DiCache,
+    EasyCache as EasyCache,
+    FasterCache as FasterCache,
     FirstBlock as FirstBlock,
+    MagCache as MagCache,
     MixCache as MixCache,
     Schedule as Schedule,
+    TaylorSeer as TaylorSeer,
     TeaCache as TeaCache,
     policies as policies,
 )
-from cachepass.runtime.policy import Policy as Policy
+from cachepass.runtime.policy import (
+    COMPUTE as COMPUTE,
+    Facts as Facts,
+    Measure as Measure,
+    NamedPolicy as NamedPolicy,
+    Policy as Policy,
+    Trigger as Trigger,
+)
 from cachepass.runtime.session import Session as Session
+
+# When: triggers.
+from cachepass.runtime.triggers import (
+    Accumulated as Accumulated,
+    AtSteps as AtSteps,
+    Below as Below,
+    Cheapest as Cheapest,
+    Codebook as Codebook,
+    Estimate as Estimate,
+    Limited as Limited,
+    MagnitudeRatio as MagnitudeRatio,
+    Motion as Motion,
+    Never as Never,
+    Periodic as Periodic,
+    PerSite as PerSite,
+    Relative as Relative,
+    TransformRate as TransformRate,
+    Windowed as Windowed,
+)
 
 __version__ = "0.1.0"

@@ -25,8 +25,7 @@ from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.report import Report, report_of
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint, Program
-from cachepass.runtime.policies import resolve
-from cachepass.runtime.policy import Policy
+from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.session import Session
 
 M = TypeVar("M")
@@ -36,7 +35,7 @@ Inner = Literal["inductor", "eager"]
 def compile(
     model: M,
     *,
-    policy: str | Policy = "mixcache",
+    policy: str | AnyPolicy = "mixcache",
     options: dict[str, Any] | None = None,
     lowering: Literal["regions"] = "regions",
     mode: str | None = None,
@@ -97,13 +96,13 @@ class CachedModule(OptimizedModule):
         self,
         model: nn.Module,
         *,
-        policy: Policy,
+        policy: AnyPolicy,
         mode: str | None,
         dynamic: bool | None,
         inner: Inner,
         dump: str | os.PathLike[str] | None,
     ) -> None:
-        denoiser = Denoiser(policy)
+        denoiser = Denoiser(for_model(policy, model), described=repr(policy))
         compiler = RegionCompiler(mode)
         backend = _backend(denoiser, compiler, inner, dump, _parameters(model))
         marked = "_is_torch_compile" in vars(model)
@@ -181,7 +180,7 @@ def _backend(
     def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
         gm = capture.own_graph(captured, parameters)
         policy = denoiser.policy
-        passes = default_pipeline(policy.sites(), policy.signals())
+        passes = default_pipeline(policy.sites, policy.signals())
         number = len(denoiser.programs)  # a new shape may be a new graph
         observers = []
         if dump is not None:
@@ -206,13 +205,14 @@ def torch_backend(
     """
     fields = dict(options or {})
     num_steps = fields.pop("num_inference_steps", None)
-    policy = resolve(fields.pop("policy", "mixcache"), fields)
-    if policy.needs_num_steps and num_steps is None:
+    chosen = resolve(fields.pop("policy", "mixcache"), fields)
+    policy = for_model(chosen, None)
+    if policy.trigger.needs_num_steps and num_steps is None:
         raise PolicyError(
             f"policy {policy.name!r} needs the number of steps of a request: add "
             '"num_inference_steps" to the options'
         )
-    denoiser = Denoiser(policy, num_steps)
+    denoiser = Denoiser(policy, num_steps, described=repr(chosen))
     backend = _backend(denoiser, RegionCompiler(), "inductor", _dump_folder(), ())
     program = backend(gm, example_inputs)
 

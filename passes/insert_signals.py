@@ -11,10 +11,12 @@ from torch import fx
 from cachepass.errors import PolicyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import (
+    Against,
     BlockChange,
     CacheChange,
     LatentChange,
     Layout,
+    OutputChange,
     Signal,
     Site,
     Slot,
@@ -25,22 +27,27 @@ from cachepass.ir.boundary import (
     place_of,
 )
 from cachepass.ir.graph import add_guard, frame_of, same_shape
+from cachepass.ir.skippable import latent_of
 from cachepass.pass_manager import PassResult
 
 Nodes = dict[fx.Node, fx.Node]
+Late = tuple[Sequence[Slot], fx.Node, ops.When | None]
+"""What is written after the decision: slots, value, and under which condition (None: always)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InsertSignals:
     """Insert the reads, sums and writes of each signal, then `decide` as early as they allow.
 
-    1. `LatentChange` is measured at the first call of a step, before everything else.
+    1. `LatentChange` is measured at the first call of a step, before everything else; against the
+       last full call, it is measured where that is refreshed, and serves later calls.
     2. `TimestepChange` is measured before the first block.
-    3. `BlockChange` is measured after its block; its reference is what the last full call had.
+    3. `BlockChange` is measured after its blocks; its reference is refreshed after the decision.
     4. `SublayerChange` is measured inside its block, so that Inductor fuses it there; what it
        finds serves later calls.
     5. `CacheChange` is measured where its site keeps its value, by the pass of that site.
-    6. A policy without sites never decides: nothing is inserted.
+    6. `OutputChange` is measured at the end.
+    7. A policy without sites never decides: nothing is inserted.
     """
 
     sites: tuple[Site, ...]
@@ -50,31 +57,41 @@ class InsertSignals:
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         graph = gm.graph
         if not self.sites or graph.find_nodes(op="call_function", target=ops.decide):
-            return PassResult(gm, modified=False)  # case 6, or run before
+            return PassResult(gm, modified=False)  # case 7, or run before
         layout = layout_of(gm)
         frame = frame_of(gm)
         at = list(graph.find_nodes(op="placeholder"))[-1]
-        late: list[tuple[Slot, fx.Node]] = []
+        late: list[Late] = []
         for signal in self.signals:
-            if isinstance(signal, LatentChange):
+            if isinstance(signal, LatentChange) and signal.against is Against.STEP:
                 at = _measure_latent(gm, frame, layout, signal, at)
         for signal in self.signals:
             if isinstance(signal, TimestepChange):
                 at = _measure_timestep(gm, frame, layout, signal)
+        last = max((s.blocks for s in self.signals if isinstance(s, BlockChange)), default=0)
+        if last:
+            at = _block_nodes(graph, layout, last - 1)[-1]
         for signal in self.signals:
             if isinstance(signal, BlockChange):
-                at, slot, residual = _measure_block(gm, frame, layout, signal)
-                late.append((slot, residual))
+                at, keep = _measure_blocks(gm, frame, layout, signal, at)
+                late.append(keep)
         with graph.inserting_after(at):
-            decide = graph.call_function(ops.decide, (frame,))
-        at = decide
-        for slot, value in late:
-            at = _write_when_full(gm, frame, at, slot, value)
+            at = graph.call_function(ops.decide, (frame,))
+        for slots, value, when in late:
+            at = _write_later(gm, frame, at, slots, value, when)
         for signal in self.signals:
             if isinstance(signal, SublayerChange):
                 _measure_sublayer(gm, frame, layout, signal)
             elif isinstance(signal, CacheChange):
                 _check_site(signal, self.sites)
+            elif isinstance(signal, LatentChange) and signal.against is Against.FULL:
+                with graph.inserting_after(at):
+                    latent = _latent(gm, layout)
+                    at = _measure_at_full(gm, frame, layout, signal, latent)
+            elif isinstance(signal, OutputChange):
+                output = _main_output(graph)
+                with graph.inserting_before(graph.output_node()):
+                    _measure_at_full(gm, frame, layout, signal, output)
         return PassResult(gm, modified=True)
 
 
@@ -83,9 +100,52 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return value.dtype
 
 
-def _declare(layout: Layout, slot: Slot) -> Slot:
+def _declare(
+    layout: Layout, signal: Signal, node: fx.Node, *, age: int = 0, across_branches: bool = False
+) -> Slot:
+    slot = Slot(
+        name=signal.name + (f".{age}" if age else ""),
+        site=None,
+        dtype=_dtype(node),
+        age=age,
+        across_branches=across_branches,
+    )
     layout.slots[slot.name] = slot
     return slot
+
+
+def _latent(gm: fx.GraphModule, layout: Layout) -> fx.Node:
+    """The latent, in the channels of the output where these can be told."""
+    assert layout.latent is not None
+    return latent_of(gm, layout, _main_output(gm.graph)) or layout.latent
+
+
+def _main_output(graph: fx.Graph) -> fx.Node:
+    """The largest tensor that the call returns."""
+    outputs = [
+        n for n in graph.output_node().all_input_nodes
+        if isinstance(n.meta.get("example_value"), torch.Tensor)
+    ]  # fmt: skip
+    return max(outputs, key=lambda n: n.meta["example_value"].numel())
+
+
+def _measure_at_full(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: Signal, value: fx.Node
+) -> fx.Node:
+    """At full calls that are the first of their step, a value against what it was at the last."""
+    slot = _declare(layout, signal, value, across_branches=True)
+    of_new = isinstance(signal, OutputChange)
+
+    def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
+        now = mapping[value]
+        old = graph.call_function(ops.cache_read, (inner, slot.name, now))
+        sums = graph.call_function(ops.l1_sums, (old, now) if of_new else (now, old))
+        kept = graph.call_function(ops.clone, (now,))
+        graph.call_function(ops.observe, (inner, signal.name, slot.name, sums))
+        graph.call_function(ops.cache_write, (inner, slot.name, kept))
+        return ()
+
+    return add_guard(gm.graph, frame, ops.When.FIRST_FULL, (value,), arm, owner=gm)
 
 
 def _measure_latent(
@@ -95,12 +155,10 @@ def _measure_latent(
     signal: LatentChange,
     at: fx.Node,
 ) -> fx.Node:
-    assert layout.latent is not None
-    latent = layout.latent
-    slot = _declare(
-        layout,
-        Slot(name=signal.name, site=None, dtype=_dtype(latent), across_branches=True),
-    )
+    latent = _latent(gm, layout)
+    if latent.op != "placeholder":
+        at = latent
+    slot = _declare(layout, signal, latent, across_branches=True)
 
     def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
         now = mapping[latent]
@@ -124,7 +182,7 @@ def _measure_timestep(
             "the policy measures the timestep embedding, but no input of the first block depends "
             "on the timestep alone: use a policy with another trigger, such as 'firstblock'"
         )
-    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(embedding)))
+    slot = _declare(layout, signal, embedding)
     graph = gm.graph
     first = next(n for n in graph.nodes if place_of(n))
     with graph.inserting_before(first):
@@ -135,38 +193,52 @@ def _measure_timestep(
         return graph.call_function(ops.cache_write, (frame, slot.name, kept))
 
 
-def _measure_block(
-    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: BlockChange
-) -> tuple[fx.Node, Slot, fx.Node]:
+def _measure_blocks(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: BlockChange, at: fx.Node
+) -> tuple[fx.Node, Late]:
+    """Measure before the decision; what is to be kept is written after it."""
     graph = gm.graph
-    nodes = _block_nodes(graph, layout, signal.block)
-    entering, leaving = _stream(nodes)
-    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(leaving)))
-    with graph.inserting_after(nodes[-1]):
-        old = graph.call_function(ops.cache_read, (frame, slot.name, entering))
-    with graph.inserting_after(old):
-        residual = graph.call_function(torch.sub, (leaving, entering))
-    residual.meta["example_value"] = leaving.meta["example_value"]
-    with graph.inserting_after(residual):
-        sums = graph.call_function(ops.l1_sums, (residual, old))
-    with graph.inserting_after(sums):
-        return (
-            graph.call_function(ops.observe, (frame, signal.name, slot.name, sums)),
-            slot,
-            residual,
+    first = _block_nodes(graph, layout, 0)
+    nodes = first if signal.blocks == 1 else _block_nodes(graph, layout, signal.blocks - 1)
+    layout.probed = max(layout.probed, signal.blocks)
+    entering, _ = _stream(first)
+    _, leaving = _stream(nodes)
+    slots = [_declare(layout, signal, leaving, age=age) for age in range(2 if signal.trend else 1)]
+    with graph.inserting_after(at):
+        read = [graph.call_function(ops.cache_read, (frame, s.name, entering)) for s in slots]
+    for node in read[1:]:  # after the first, in order
+        read[0].append(node)
+    with graph.inserting_after(read[-1]):
+        value = (
+            graph.call_function(torch.sub, (leaving, entering))
+            if signal.keep == "residual"
+            else graph.call_function(ops.clone, (leaving,))
         )
+    value.meta["example_value"] = leaving.meta["example_value"]
+    with graph.inserting_after(value):
+        measure = ops.trend_sums if signal.trend else ops.l1_sums
+        sums = graph.call_function(measure, (value, *read))
+    with graph.inserting_after(sums):
+        observed = graph.call_function(ops.observe, (frame, signal.name, slots[0].name, sums))
+    when = ops.When.FULL if signal.against is Against.FULL else None
+    return observed, (slots, value, when)
 
 
-def _write_when_full(
-    gm: fx.GraphModule, frame: fx.Node, at: fx.Node, slot: Slot, value: fx.Node
-) -> fx.Node:
+def _write_later(
+    gm: fx.GraphModule, frame: fx.Node, at: fx.Node, slots: Sequence[Slot], value: fx.Node,
+    when: ops.When | None,
+) -> fx.Node:  # fmt: skip
     def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
         mapping[value].meta["owned"] = True
-        graph.call_function(ops.cache_write, (inner, slot.name, mapping[value]))
+        for older in slots[1:]:
+            graph.call_function(ops.cache_shift, (inner, slots[0].name, older.name))
+        graph.call_function(ops.cache_write, (inner, slots[0].name, mapping[value]))
         return ()
 
     with gm.graph.inserting_after(at):
-        return add_guard(gm.graph, frame, ops.When.FULL, (value,), arm, owner=gm)
+        if when is None:
+            return gm.graph.call_function(ops.cache_write, (frame, slots[0].name, value))
+        return add_guard(gm.graph, frame, when, (value,), arm, owner=gm)
 
 
 def _measure_sublayer(
@@ -184,7 +256,7 @@ def _measure_sublayer(
     nodes = _block_nodes(graph, layout, index)
     entering, _ = _stream(nodes)
     place = place_of(residual)
-    slot = _declare(layout, Slot(name=signal.name, site=None, dtype=_dtype(residual)))
+    slot = _declare(layout, signal, residual)
     frames: fx.Node | int | None = None
     if signal.motion and layout.patches is not None:
         size = layout.patches.meta["example_value"].shape[2]

@@ -34,7 +34,8 @@ class MarkBoundaries:
        one entry counts if it holds attention.
     3. *Sublayers*: walking back from a block's output through additions and casts to its input
        gives the residual branches; a branch with attention is self- or cross-attention
-       by where its keys come from, any other is an MLP.
+       by where its keys come from, any other is an MLP. Self-attention is spatial or temporal where
+       frames or places are folded into the batch.
     4. The graph is left alone if it is marked already.
     """
 
@@ -49,7 +50,8 @@ class MarkBoundaries:
         _find_stacks(gm.graph, layout, roots)
         _find_streams(gm.graph, layout, roots)
         for nodes in _blocks(gm.graph):
-            layout.sublayers += _find_sublayers(nodes)
+            assert layout.latent is not None  # else _find_inputs has raised
+            layout.sublayers += _find_sublayers(nodes, layout.latent)
         gm.meta["layout"] = layout
         with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
             gm.graph.placeholder("frame")
@@ -194,7 +196,7 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
     return list(blocks.values())
 
 
-def _find_sublayers(nodes: Sequence[fx.Node]) -> list[Sublayer]:
+def _find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
     inside = set(nodes)
     outputs = [n for n in nodes if _ndim(n) == 3 and any(u not in inside for u in n.users)]
     found: list[Sublayer] = []
@@ -208,7 +210,7 @@ def _find_sublayers(nodes: Sequence[fx.Node]) -> list[Sublayer]:
             claimed |= set(cone)
             place = place_of(residual)
             assert place is not None
-            kind = _kind(cone, stream, inside)
+            kind = _kind(cone, stream, inside, latent)
             found.append(Sublayer(_sublayer_name(cone), kind, place.block, residual, cone))
     return found
 
@@ -279,7 +281,7 @@ def _takes_item(node: fx.Node) -> bool:
     )
 
 
-def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node]) -> Kind:
+def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node], latent: fx.Node) -> Kind:
     attention = [n for n in cone if getattr(n.target, "__name__", "") in _ATTENTION]
     if not attention:
         return Kind.MLP
@@ -290,11 +292,28 @@ def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node]) -> Kin
     while pending:
         node = pending.pop()
         if node is stream:
-            return Kind.SELF_ATTENTION
+            return _self_kind(call, _value(latent))
         if node in inside and node not in seen:
             seen.add(node)
             pending += node.all_input_nodes
     return Kind.CROSS_ATTENTION
+
+
+def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
+    """Over all tokens, over those of a frame, or over the frames at one place.
+
+    Told by the sizes that attention is called with: (batch, heads, tokens, channels). Where frames
+    or places are folded into the batch, it is larger than the latent's.
+    """
+    key = call.all_input_nodes[min(1, len(call.all_input_nodes) - 1)]
+    if _ndim(key) < 3 or latent.ndim != 5 or str(_value(key).shape[0]) == str(latent.shape[0]):
+        return Kind.SELF_ATTENTION
+    frames = {str(latent.shape[1]), str(latent.shape[2])}  # channels first or frames first
+    channels = str(latent.shape[1])
+    tokens = str(_value(key).shape[-2])
+    if tokens in frames and (tokens != channels or str(latent.shape[2]) == channels):
+        return Kind.TEMPORAL_ATTENTION
+    return Kind.SPATIAL_ATTENTION
 
 
 def _sublayer_name(cone: Sequence[fx.Node]) -> str:

@@ -13,8 +13,16 @@ from cachepass.capture import own_graph
 from cachepass.pass_manager import Pass, run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.denoiser import Denoiser, Program
-from cachepass.runtime.policies import Compute
-from cachepass.runtime.policy import Facts, Policy
+from cachepass.runtime.policies import AnyPolicy, Compute, for_model
+from cachepass.runtime.policy import (
+    EMPTY,
+    Config,
+    Decision,
+    Facts,
+    NamedPolicy,
+    Policy,
+    Trigger,
+)
 from tests.models import TOY, Tiny, as_tensor
 
 
@@ -31,12 +39,14 @@ class Captured:
         self.gm = run_passes(self.gm, passes).graph_module
         return self.gm
 
-    def pipeline(self, policy: Policy) -> tuple[Pass, ...]:
-        return default_pipeline(policy.sites(), policy.signals())
+    def pipeline(self, policy: AnyPolicy) -> tuple[Pass, ...]:
+        combined = for_model(policy, None)
+        return default_pipeline(combined.sites, combined.signals())
 
-    def matches(self, policy: Policy | None = None) -> bool:
+    def matches(self, policy: AnyPolicy | None = None) -> bool:
         """Whether a first call of the graph, as it is now, gives the model's output."""
-        program = Program(Denoiser(policy or Compute()), self.gm, lambda gm, _: gm.forward)
+        denoiser = Denoiser(for_model(policy or Compute(), None))
+        program = Program(denoiser, self.gm, lambda gm, _: gm.forward)
         with torch.no_grad():
             return torch.equal(as_tensor(program(*self.args)), self.output)
 
@@ -63,26 +73,37 @@ def capture(tiny: Tiny = TOY, seed: int = 0) -> Captured:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Script(Policy):
+class Scripted(Trigger):
+    """Reuses what a table of (step, branch, row) says."""
+
+    measured: tuple[Any, ...]
+    table: dict[tuple[int, str, int], set[str]]
+    asked: dict[tuple[int, str], int]
+
+    def signals(self) -> tuple[Any, ...]:
+        return self.measured
+
+    def decide(self, facts: Facts, state: Any) -> Decision:
+        key = (facts.step, facts.branch)
+        row = self.asked[key] = self.asked.get(key, -1) + 1
+        return frozenset(self.table.get((*key, row), ())), state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Script(NamedPolicy):
     """A policy for tests: the sites it is given, reused by a table of (step, branch, row)."""
 
     name = "script"
     places: tuple[Any, ...] = ()
     measured: tuple[Any, ...] = ()
+    predictor: Any = None
     table: dict[tuple[int, str, int], set[str]] = dataclasses.field(default_factory=dict)
     asked: dict[tuple[int, str], int] = dataclasses.field(default_factory=dict)
     """How often a call was asked for: the rule is called once for each row, in order."""
 
-    def sites(self) -> tuple[Any, ...]:
-        return self.places
-
-    def signals(self) -> tuple[Any, ...]:
-        return self.measured
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        key = (facts.step, facts.branch)
-        row = self.asked[key] = self.asked.get(key, -1) + 1
-        return frozenset(self.table.get((*key, row), ())), state
+    def combine(self, config: Config = EMPTY) -> Policy:
+        trigger = Scripted(measured=self.measured, table=self.table, asked=self.asked)
+        return Policy(name=self.name, sites=self.places, trigger=trigger, predictor=self.predictor)
 
     def begin(self, table: dict[tuple[int, str, int], set[str]]) -> None:
         """Take another table for the request that follows."""

@@ -31,7 +31,7 @@ def test_policies_by_name() -> None:
     assert {"compute", "schedule", "mixcache", "adacache", "firstblock", "teacache"} <= set(known)
     for name, kind in known.items():
         assert kind.name == name
-        assert isinstance(kind(), cachepass.Policy)
+        assert isinstance(kind(), cachepass.NamedPolicy)
         assert hash(kind()) == hash(kind())
         assert kind() == kind()
 
@@ -59,21 +59,36 @@ def test_unknown_policies_and_options(options: dict[str, Any], message: str) -> 
 
 def test_options_reach_the_policy() -> None:
     cached = _toy(policy="firstblock", options={"threshold": 0.25})
-    assert cached.denoiser.policy == FirstBlock(threshold=0.25)
+    assert cached.denoiser.policy == FirstBlock(threshold=0.25).combine()
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (FirstBlock, {"threshold": -0.1}, "FirstBlock(`threshold`=-0.1): must be at least 0"),
-        (FirstBlock, {"warmup_steps": -1}, "FirstBlock(`warmup_steps`=-1): must be at least 0"),
-        (TeaCache, {"threshold": -1.0}, "TeaCache(`threshold`=-1.0): must be at least 0"),
-        (TeaCache, {"coefficients": ()}, "TeaCache(`coefficients`=()): must be at least one"),
-        (TeaCache, {"warmup_steps": 0}, "TeaCache(`warmup_steps`=0): must be at least 1"),
-        (AdaCache, {"codebook": ()}, "AdaCache(`codebook`=()): must be pairs (bound, rate)"),
+        (
+            FirstBlock,
+            {"threshold": -0.1},
+            "FirstBlock: Below(`threshold`=-0.1): must be",
+        ),
+        (FirstBlock, {"warmup_steps": -1}, "Limited(`warmup_steps`=-1): must be a count of"),
+        (
+            TeaCache,
+            {"threshold": -1.0},
+            "TeaCache: Accumulated(`threshold`=-1.0): must be",
+        ),
+        (
+            TeaCache,
+            {"coefficients": ()},
+            "TeaCache: Relative(`coefficients`=()): must be at",
+        ),
+        (
+            AdaCache,
+            {"codebook": ()},
+            "Codebook(`codebook`=()): must be pairs (bound, rate)",
+        ),
         (AdaCache, {"codebook": ((0.2, 1), (0.1, 2))}, "must be pairs (bound, rate) with ascend"),
         (AdaCache, {"codebook": ((0.2, 0),)}, "rates of at least 1"),
-        (AdaCache, {"motion_scale": 0.0}, "AdaCache(`motion_scale`=0.0): must be above 0"),
+        (AdaCache, {"motion_scale": 0.0}, "AdaCache: Motion(`scale`=0.0): must be above 0"),
         (AdaCache, {"motion_window": (0.5, 0.1)}, "must be two ascending shares from 0 to 1"),
         (MixCache, {"interval": (1, 3)}, "MixCache(`interval`=(1, 3)): must be (shortest, long"),
         (MixCache, {"interval": (4, 3)}, "the shortest at least 2"),
@@ -174,7 +189,7 @@ def test_dump(tmp_path: Path) -> None:
     (path,) = cachepass.dump(cached, tmp_path / "final")
     text = path.read_text(encoding="utf-8")
     assert "decide()" in text
-    assert "if not reused 'tail'" in text
+    assert "if not reused 'step'" in text
     numbered = sorted(p.name for p in (tmp_path / "passes").rglob("*.txt"))
     assert numbered[0] == "00-mark-boundaries.txt"
     assert numbered[-1].endswith("outline-regions.txt")
@@ -198,7 +213,7 @@ def test_report_before_and_after() -> None:
             cached(**TOY.example())
     data = cachepass.report(session).to_dict()
     (request,) = data["requests"]
-    assert request["calls"] == {"compute": 1, "tail": 1}
+    assert request["calls"] == {"compute": 1, "step": 1}
     assert (request["blocks_computed"], request["blocks"]) == (4, 6)
     assert request["blocks_skipped"] == pytest.approx(1 / 3)
     assert data["stacks"] == {"layers": 3}
@@ -250,7 +265,7 @@ def test_torch_compile_with_the_backend(policy: str, options: dict[str, Any]) ->
         expected = [model(inputs["x"], torch.tensor([t]), inputs["y"]) for t in (0.9, 0.5)]
     torch.testing.assert_close(first, expected[0], rtol=1e-4, atol=1e-5)
     same = torch.allclose(second, expected[1], rtol=1e-4, atol=1e-5)
-    assert same == (policy == "compute"), "the second call reuses the tail"
+    assert same == (policy == "compute"), "the second call reuses the first one's output"
 
 
 @pytest.mark.parametrize(

@@ -10,46 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from cachepass.errors import PolicyError
-from cachepass.ir import ops
-
-# ------------------------------------------------------------------------ predictors
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """What stands in for a skipped value.
-
-    `store(output, input)` is kept when the site computes, `predict(cached, input)` is used
-    when it is reused. `input` is the same stream where it enters the site.
-    """
-
-    name: str
-    store: Callable[[Tensor, Tensor], Tensor]
-    predict: Callable[[Tensor, Tensor], Tensor]
-
-
-def _keep(output: Tensor, _: Tensor) -> Tensor:
-    return ops.clone(output)
-
-
-def _replay(cached: Tensor, _: Tensor) -> Tensor:
-    return ops.clone(cached)
-
-
-RESIDUAL = Predictor("residual", operator.sub, operator.add)
-"""input + (output - input) of the last computed call."""
-
-LAST = Predictor("last", _keep, _replay)
-"""The output of the last computed call, as it was."""
-
+from cachepass.ir.predictors import LAST, RESIDUAL, Keep, Predictor
 
 # ----------------------------------------------------------------------------- sites
 
@@ -58,6 +26,8 @@ class Kind(enum.StrEnum):
     """The kind of a sublayer, read off its dataflow."""
 
     SELF_ATTENTION = "self-attention"
+    SPATIAL_ATTENTION = "spatial-attention"
+    TEMPORAL_ATTENTION = "temporal-attention"
     CROSS_ATTENTION = "cross-attention"
     MLP = "mlp"
 
@@ -67,13 +37,34 @@ class Site:
     """A stretch of the graph that a decision may skip, by the name that decisions use."""
 
     name: str
+    predictor: Predictor | None = None
+    """What stands in for it; None for the usual of its kind."""
+
+    usual: ClassVar[Predictor]
+
+    @property
+    def stand_in(self) -> Predictor:
+        """Its predictor."""
+        return self.usual if self.predictor is None else self.predictor
+
+    @property
+    def keep(self) -> Keep:
+        """Whether outputs or residuals are kept."""
+        keep = self.stand_in.keep or self.usual.keep
+        assert keep is not None
+        return keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeCall(Site):
-    """The whole call: its last output is returned again."""
+    """The call from the decision on, as a rule all of it: its last output is returned again.
+
+    What the policy measures in the call itself (`BlockChange`, `TimestepChange`) runs before.
+    The residual of a call is its output less the latent.
+    """
 
     name: str = "step"
+    usual: ClassVar[Predictor] = LAST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +72,7 @@ class Cfg(Site):
     """The unconditional call: this step's conditional output plus the last difference."""
 
     name: str = "cfg"
+    usual: ClassVar[Predictor] = RESIDUAL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +86,7 @@ class Blocks(Site):
     name: str = "stack"
     start: int | float = 0
     stop: int | float | None = None
+    usual: ClassVar[Predictor] = RESIDUAL
 
     def range(self, blocks: int) -> tuple[int, int]:
         """First and one-past-last block of a model with this many blocks."""
@@ -112,8 +105,11 @@ class Blocks(Site):
 class Sublayers(Site):
     """The residual branch of every attention or MLP sublayer of these kinds."""
 
-    name: str
     kinds: tuple[Kind, ...]
+    optional: bool = False
+    """Whether a model without such sublayers is no error, if another site of the policy fits."""
+
+    usual: ClassVar[Predictor] = LAST
 
 
 def _position(where: int | float, blocks: int) -> int:
@@ -125,6 +121,16 @@ def _position(where: int | float, blocks: int) -> int:
 # --------------------------------------------------------------------------- signals
 
 
+class Against(enum.StrEnum):
+    """What a signal compares with."""
+
+    STEP = "step"
+    """The step before, or of signals per branch the branch's call before."""
+
+    FULL = "full"
+    """The last full call."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Signal:
     """A change to be measured in the graph: ``sum|now - kept|`` and ``sum|kept|`` per row."""
@@ -134,9 +140,23 @@ class Signal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentChange(Signal):
-    """The noisy latent against the one of the step before."""
+    """The noisy latent, once per step, against the one of the step before or of the last full call.
+
+    Where the model takes more channels than it returns (image-to-video), those that are returned.
+    """
 
     name: str = "latent"
+    against: Against = Against.STEP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputChange(Signal):
+    """The output of a step's first call, at full calls, against the last full one.
+
+    Its `ref` is the sum of the new output, not of the old one.
+    """
+
+    name: str = "output"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,15 +168,28 @@ class TimestepChange(Signal):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockChange(Signal):
-    """The residual of one block before the decision, against the last full call."""
+    """What the first blocks did, before the decision, against the call before or the last full one.
+
+    `second` of its measure, with `trend`: Σ|p − p2| / Σ|p1 − p2|, p1 and p2 the values at the last
+    two full calls.
+    """
 
     name: str = "probe"
-    block: int = 0
+    blocks: int = 1
+    """How many blocks are run for it."""
+
+    keep: Keep = "residual"
+    against: Against = Against.FULL
+    trend: bool = False
+    """Only against full calls."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SublayerChange(Signal):
-    """The residual of one sublayer, against the last full call; optionally its motion."""
+    """The residual of one sublayer, against the last full call.
+
+    `second` of its measure, with `motion`: the change from video frame to frame over the size.
+    """
 
     name: str = "sublayer"
     kind: Kind = Kind.SELF_ATTENTION
@@ -199,6 +232,9 @@ class Slot:
 
     within_step: bool = False
     """Only good within the step that wrote it."""
+
+    age: int = 0
+    """0 for the newest value, 1 for the one before it, ..."""
 
     def key(self, branch: str) -> tuple[str | None, str]:
         """Where a session keeps the value of a branch."""
@@ -250,6 +286,9 @@ class Layout:
     patches: fx.Node | None = None
     """(rows, channels, frames, height, width): the latent after patching, before it is
     flattened to the tokens that enter the first block."""
+
+    probed: int = 0
+    """Blocks that run before the decision, since the policy looks at them."""
 
     sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from cachepass.errors import PolicyError
 from cachepass.ir import ops
 
 BuildArm = Callable[[fx.Graph, fx.Node, dict[fx.Node, fx.Node]], Sequence[fx.Node]]
@@ -153,6 +152,7 @@ def insert_conditional(
     nodes: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     *,
+    extra: Sequence[fx.Node] = (),
     extend: BuildArm,
     reuse: BuildArm,
 ) -> fx.Node:
@@ -163,11 +163,12 @@ def insert_conditional(
         site: the site that the decision is asked for.
         nodes: the run; all that it uses is defined before its first node, or moves along.
         outputs: the nodes of the run that are used outside of it.
+        extra: nodes before the run that the arms use besides.
         extend: adds to the compute arm (guards that write caches); its result is dropped.
         reuse: builds the reuse arm and returns one node for each output.
     """
     frame = frame_of(gm)
-    operands = [n for n in inputs_of(nodes) if n is not frame]
+    operands = [n for n in dict.fromkeys((*inputs_of(nodes), *extra)) if n is not frame]
 
     def finish(graph: fx.Graph, inner: fx.Node, mapping: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         extend(graph, inner, mapping)
@@ -194,22 +195,11 @@ def insert_conditional(
     return cond
 
 
-def call_nodes(gm: fx.GraphModule, site: str) -> list[fx.Node]:
-    """All nodes of a call that follow `decide` and the writes that belong to it."""
+def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """All nodes of a call that follow `decide`: what a decision for the call can skip."""
     nodes = list(gm.graph.nodes)
     decide = next(i for i, n in enumerate(nodes) if n.target is ops.decide)
-    for node in nodes[:decide]:
-        if node.op in ("call_module", "call_method") or (
-            node.op == "call_function" and not is_frame_op(node)
-        ):
-            raise PolicyError(
-                f"site {site!r} is the whole call, but the policy decides only after "
-                f"{node.name} has run: use signals of the latent or of earlier calls"
-            )
-    body = nodes[decide + 1 : -1]
-    while body and (body[0].target is ops.guard or body[0].op == "get_attr"):
-        body = body[1:]
-    return body
+    return nodes[decide + 1 : -1]
 
 
 def replace_outputs(graph: fx.Graph, call: fx.Node, outputs: Sequence[fx.Node]) -> None:

@@ -24,7 +24,8 @@ class When(enum.StrEnum):
     """The condition under which a `guard` runs its arm."""
 
     FULL = "full"
-    """Some row of this call computes everything: caches are refreshed."""
+    """Some row of this call computes everything: caches are refreshed. Where a policy's sites
+    are independent of each other: some row computes what the guard stands in."""
 
     COND = "cond"
     """The call belongs to the conditional branch."""
@@ -35,12 +36,17 @@ class When(enum.StrEnum):
     FIRST_CALL = "first-call"
     """The call is the first of its step."""
 
+    FIRST_FULL = "first-full"
+    """Both."""
+
 
 class Frame(Protocol):
     """What the operations need of a running call (implemented in `runtime.frame`)."""
 
     def read(self, slot: str, like: Tensor | None) -> Tensor: ...
     def write(self, slot: str, value: Tensor) -> None: ...
+    def shift(self, newer: str, older: str) -> None: ...
+    def weights(self, slot: str, like: Tensor) -> Tensor: ...
     def observe(self, signal: str, slot: str, sums: Tensor) -> None: ...
     def decide(self) -> None: ...
     def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any: ...
@@ -50,8 +56,8 @@ class Frame(Protocol):
 def cache_read(frame: Frame, slot: str, like: Tensor | None = None) -> Tensor:
     """The value of a slot. A cold slot reads as NaN in the shape of `like`.
 
-    In the reuse arm of a conditional the slot is warm (else the arm is not taken), and
-    `like` is left out.
+    An older value that is not there yet reads as zeros: it has no weight. In the reuse arm of a
+    conditional the newest is warm (else the arm is not taken), and `like` is left out.
     """
     return frame.read(slot, like)
 
@@ -59,6 +65,19 @@ def cache_read(frame: Frame, slot: str, like: Tensor | None = None) -> Tensor:
 def cache_write(frame: Frame, slot: str, value: Tensor) -> None:
     """Keep `value` in a slot, by reference: nobody may write to its memory later."""
     frame.write(slot, value)
+
+
+def cache_shift(frame: Frame, newer: str, older: str) -> None:
+    """Let slot `older` hold what `newer` does, which is about to be written anew."""
+    frame.shift(newer, older)
+
+
+def weights(frame: Frame, slot: str, like: Tensor) -> Tensor:
+    """(rows, kept values) float32 on the device of `like`: how a predictor sums up what it keeps.
+
+    `slot` is the newest value of the site's first stream. See `ir.predictors`.
+    """
+    return frame.weights(slot, like)
 
 
 def observe(frame: Frame, signal: str, slot: str, sums: Tensor) -> None:
@@ -90,10 +109,10 @@ def guard(frame: Frame, when: When, arm: Arm, operands: tuple[Any, ...]) -> None
     frame.guard(when, arm, operands)
 
 
-EFFECTS = frozenset({cache_write, observe, decide, guard})
+EFFECTS = frozenset({cache_write, cache_shift, observe, decide, guard})
 """Operations without a result. FX must not take them for dead code."""
 
-FRAME_OPS = EFFECTS | {cache_read, conditional}
+FRAME_OPS = EFFECTS | {cache_read, weights, conditional}
 """Operations whose first argument is the frame; the driver runs them, never Inductor."""
 
 
@@ -134,6 +153,17 @@ def motion_sums(value: Tensor, reference: Tensor, frames: int) -> Tensor:
     change = (later - earlier).abs().sum((1, 2))
     size = (later.abs() + earlier.abs()).sum((1, 2))
     return torch.cat([l1_sums(value, reference), torch.stack([change, size], dim=1)], dim=1)
+
+
+def trend_sums(value: Tensor, newer: Tensor, older: Tensor) -> Tensor:
+    """`l1_sums` with `newer`, then ``[sum|value - older|, sum|newer - older|]``.
+
+    Returns:
+        (rows, 4) float32.
+    """
+    a, b, c = (t.float().flatten(1) for t in (value, newer, older))
+    trend = torch.stack([(a - c).abs().sum(1), (b - c).abs().sum(1)], dim=1)
+    return torch.cat([l1_sums(value, newer), trend], dim=1)
 
 
 def clone(value: Tensor) -> Tensor:

@@ -57,12 +57,13 @@ def report_of(
     layout = denoiser.programs[-1].layout if denoiser.programs else None
     kinds = collections.Counter(s.kind.value for s in layout.sublayers) if layout else {}
     requests = [only] if only is not None else denoiser.requests
-    notes = [f"{what}: {why}" for what, why in (layout.missing if layout else {}).items()]
+    notes = list(denoiser.policy.notes)
+    notes += [f"{what}: {why}" for what, why in (layout.missing if layout else {}).items()]
     if not denoiser.programs:
         notes.append("nothing was captured yet: the first call does that")
     return Report(
         {
-            "policy": repr(denoiser.policy),
+            "policy": denoiser.described,
             "stacks": dict(layout.stacks) if layout else {},
             "blocks": layout.blocks if layout else 0,
             "sublayers": dict(kinds),

@@ -47,15 +47,20 @@ class Denoiser:
     `begin_request` and `end_step`); the fields of `cache_context`; the calls themselves.
     """
 
-    def __init__(self, policy: Policy, num_steps: int | None = None) -> None:
+    def __init__(
+        self, policy: Policy, num_steps: int | None = None, *, described: str | None = None
+    ) -> None:
         self.policy = policy
+        self.described = described or repr(policy)
+        """The policy as the user gave it."""
+
         self.num_steps = num_steps
         """Of requests for which nothing else tells it."""
 
         self.regions, self.compile_seconds = 0, 0.0
         """What was compiled so far, and how long that took."""
 
-        self.sites = {site.name: site for site in policy.sites()}
+        self.sites = {site.name: site for site in policy.sites}
         self.programs: list[Program] = []
         self.requests: list[History] = []
         self.lock = threading.RLock()
@@ -185,6 +190,7 @@ class Denoiser:
             branch=branch,
             rows=latent.shape[0],
             first_call=first,
+            time=time,
         )
 
 

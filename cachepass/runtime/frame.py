@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
-from cachepass.ir.boundary import Cfg, Layout, Site
+from cachepass.ir.boundary import Cfg, Layout, Site, Slot
 from cachepass.ir.ops import Arm, When
+from cachepass.ir.predictors import Moment
 from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
 from cachepass.runtime.session import CallRecord, Kept, Observation, Session
 
@@ -31,10 +32,13 @@ class Frame:
         branch: str,
         rows: int,
         first_call: bool,
+        time: Tensor | None,
     ) -> None:
         self.session, self.policy, self.sites, self.layout = session, policy, sites, layout
         self.step, self.branch, self.rows = step, branch, rows
         self.first_call = first_call
+        self._time = time
+        self._weights: dict[str, Tensor] = {}
         self.reused: list[frozenset[str]] = [COMPUTE] * rows
         self.full = [True] * rows
         self._active = [True] * rows
@@ -49,28 +53,65 @@ class Frame:
             return kept.value
         if like is None:
             raise SessionError(f"slot {slot!r} is cold and was read for reuse")
-        dtype = self.layout.slots[slot].dtype
-        return torch.full(like.shape, torch.nan, dtype=dtype, device=like.device)
+        declared = self.layout.slots[slot]
+        cold = 0.0 if declared.age and declared.site else math.nan  # no weight, or no evidence
+        return torch.full(like.shape, cold, dtype=declared.dtype, device=like.device)
 
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
+        steps = tuple(self.step if row else None for row in self._writing)
+        self._put(slot, Kept(value, steps))
+
+    def shift(self, newer: str, older: str) -> None:
+        """See `ir.ops.cache_shift`. Rows that are not refreshed keep their older value."""
+        kept = self.session.slots.get(self.layout.slots[newer].key(self.branch))
+        if kept is not None:
+            rows = zip(self._writing, kept.steps, strict=True)
+            self._put(older, Kept(kept.value, tuple(step if w else None for w, step in rows)))
+
+    def _put(self, slot: str, new: Kept) -> None:
         key, rows = self.layout.slots[slot].key(self.branch), self._writing
-        steps = tuple(self.step if row else None for row in rows)
-        if not all(rows):
-            old = self.session.slots.get(key)
-            if old is not None:
-                if old.value.dtype != value.dtype or old.value.shape != value.shape:
-                    raise SessionError(
-                        f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is "
-                        f"given {value.dtype} {tuple(value.shape)}: one request has one dtype "
-                        "and shape"
-                    )
-                value = torch.where(_mask(rows, value), value, old.value)
-                steps = tuple(
-                    now if now is not None else before
-                    for now, before in zip(steps, old.steps, strict=True)
+        old = self.session.slots.get(key)
+        if not all(rows) and old is not None:
+            if old.value.dtype != new.value.dtype or old.value.shape != new.value.shape:
+                raise SessionError(
+                    f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is "
+                    f"given {new.value.dtype} {tuple(new.value.shape)}: one request has one dtype "
+                    "and shape"
                 )
-        self.session.slots[key] = Kept(value, steps)
+            value = torch.where(_mask(rows, new.value), new.value, old.value)
+            steps = (n if w else o for w, n, o in zip(rows, new.steps, old.steps, strict=True))
+            new = Kept(value, tuple(steps))
+        self.session.slots[key] = new
+
+    def weights(self, slot: str, like: Tensor) -> Tensor:
+        """See `ir.ops.weights`."""
+        newest = self.layout.slots[slot]
+        assert newest.site is not None
+        if newest.site not in self._weights:  # many sublayers may share them
+            rows = [self._row_weights(newest, row) for row in range(self.rows)]
+            self._weights[newest.site] = torch.tensor(rows, dtype=torch.float32)
+        return self._weights[newest.site].to(like.device)
+
+    def _row_weights(self, newest: Slot, row: int) -> tuple[float, ...]:
+        session, predictor = self.session, self.sites[newest.site or ""].stand_in
+        names = [newest.name, *(f"{newest.name}.{age}" for age in range(1, predictor.history))]
+        steps = (session.written(self.layout.slots[n], self.branch, row) for n in names)
+        kept = tuple(step for step in steps if step is not None)
+        total = predictor.history * len(predictor.parts)
+        if not kept or kept[0] == self.step:  # a row that is not reused: any finite numbers do
+            return (1.0,) + (0.0,) * (total - 1)
+        moment = Moment(
+            step=self.step,
+            kept=kept,
+            timesteps={step: times[row] for step, times in session.timesteps.items()},
+            ratios={
+                name: measure.second
+                for name, measure in self._measures(row).items()
+                if measure.second is not None
+            },
+        )
+        return predictor.weights(moment) or (1.0,) + (0.0,) * (total - 1)
 
     # ---------------------------------------------------------------------- signals
 
@@ -93,7 +134,7 @@ class Frame:
             observation = rows[row]
             if observation is None:
                 continue
-            if branch not in (None, self.branch) and not self.policy.shared_by_branches:
+            if branch not in (None, self.branch) and not self.policy.trigger.shared_by_branches:
                 continue
             measure = observation.row(row)
             if observation.compared[row] is not None and math.isnan(measure.rel):
@@ -104,12 +145,12 @@ class Frame:
             if other is None or other.step < measure.step:
                 found[name] = measure
             elif other.step == measure.step:
-                motions = [m for m in (other.motion, measure.motion) if m is not None]
+                ratios = [m for m in (other.second, measure.second) if m is not None]
                 found[name] = dataclasses.replace(
                     measure,
                     diff=measure.diff + other.diff,
                     ref=measure.ref + other.ref,
-                    motion=sum(motions) / len(motions) if motions else None,
+                    second=sum(ratios) / len(ratios) if ratios else None,
                 )
         return found
 
@@ -118,14 +159,17 @@ class Frame:
     def decide(self) -> None:
         """See `ir.ops.decide`."""
         session, policy = self.session, self.policy
-        if policy.needs_num_steps and session.num_steps is None:
+        if policy.trigger.needs_num_steps and session.num_steps is None:
             raise PolicyError(
                 f"policy {policy.name!r} needs the number of steps of the request, which nothing "
                 "here tells: call the model inside cachepass.session(model, "
                 "num_inference_steps=N), or compile the whole diffusers pipeline"
             )
+        if policy.needs_timestep and self._time is not None:
+            times = self._time.flatten().tolist()
+            session.timesteps[self.step] = [times[min(r, len(times) - 1)] for r in range(self.rows)]
         shared = session.shared_choice
-        if policy.shared_by_branches and shared is not None and shared[0] == self.step:
+        if policy.trigger.shared_by_branches and shared is not None and shared[0] == self.step:
             choices = shared[1]
         else:
             choices = [self._choose(row) for row in range(self.rows)]
@@ -151,7 +195,7 @@ class Frame:
 
     def _choose(self, row: int) -> frozenset[str]:
         session, policy = self.session, self.policy
-        shared = policy.shared_by_branches
+        shared = policy.trigger.shared_by_branches
         warm = frozenset(
             site.name
             for site in self.sites.values()
@@ -161,7 +205,11 @@ class Frame:
                 else session.is_warm(site, self.layout, self.branch, row)
             )
         )
-        facts = Facts(self.step, session.num_steps, self.branch, warm, self._measures(row))
+        times = session.timesteps.get(self.step)
+        facts = Facts(
+            self.step, session.num_steps, self.branch, warm, self._measures(row),
+            frozenset(self.sites), times[row] if times is not None else math.nan,
+        )  # fmt: skip
         key = (None if shared else self.branch, row)
         choice, session.states[key] = policy.decide(facts, session.states.get(key))
         return choice
@@ -187,18 +235,22 @@ class Frame:
 
     def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None:
         """See `ir.ops.guard`."""
+        # Independent sites refresh what computes, wherever else something is reused.
+        refreshed = self._active if self.policy.trigger.independent else self.full
         if when is When.FIRST_CALL:
             runs = self.first_call
         elif when is When.COND:
             runs = self.branch == "cond"
         else:
-            runs = any(self.full)
+            runs = any(refreshed)
             if when is When.UNCOND_FULL:
                 runs = runs and self.branch == "uncond" and "cond" in self.session.branches_in_step
+            elif when is When.FIRST_FULL:
+                runs = runs and self.first_call
         if not runs:
             return
-        if when in (When.FULL, When.UNCOND_FULL):
-            self._writing = self.full
+        if when in (When.FULL, When.UNCOND_FULL, When.FIRST_FULL):
+            self._writing = refreshed
         arm(self, *operands)
         self._writing = [True] * self.rows
 

@@ -83,6 +83,8 @@ class Session:
         self.signals: dict[tuple[str | None, str], list[Observation | None]] = {}
         """The last observation of each row."""
         self.states: dict[tuple[str | None, int], Any] = {}
+        self.timesteps: dict[int, list[float]] = {}
+        """Of each step so far, per row; kept for policies that look at them."""
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
         self.signature: object = None
         self.weights: object = None
@@ -170,6 +172,7 @@ class Session:
         self.slots.clear()
         self.signals.clear()
         self.states.clear()
+        self.timesteps.clear()
         self.shared_choice = None
         self.signature = None
         self.step, self.branches_in_step, self.branches = -1, [], []
@@ -190,7 +193,7 @@ class Session:
         if isinstance(site, Cfg) and branch != "uncond":
             return False
         return self._holds(site, layout, branch, row) and all(
-            self._written(slot, branch, row) == self.step
+            self.written(slot, branch, row) == self.step
             for slot in layout.slots.values()
             if slot.site == site.name and slot.within_step
         )
@@ -204,12 +207,15 @@ class Session:
 
     def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether what a site keeps from step to step is there for a row."""
-        lasting = [s for s in layout.slots.values() if s.site == site.name and not s.within_step]
+        lasting = [
+            s for s in layout.slots.values()
+            if s.site == site.name and not s.within_step and not s.age
+        ]  # fmt: skip
         return bool(lasting) and all(
-            self._written(slot, branch, row) is not None for slot in lasting
+            self.written(slot, branch, row) is not None for slot in lasting
         )
 
-    def _written(self, slot: Slot, branch: str, row: int) -> int | None:
+    def written(self, slot: Slot, branch: str, row: int) -> int | None:
         """The step whose value a slot holds for a row."""
         kept = self.slots.get(slot.key(branch))
         return kept.steps[row] if kept is not None else None
@@ -221,8 +227,9 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held by the slots now."""
-        return sum(k.value.numel() * k.value.element_size() for k in self.slots.values())
+        """Bytes held by the slots now; a value that has moved to an older slot counts once."""
+        held = {id(k.value): k.value.numel() * k.value.element_size() for k in self.slots.values()}
+        return sum(held.values())
 
 
 @dataclasses.dataclass(slots=True)
@@ -248,8 +255,8 @@ class Observation:
         share = max(len(self.sums) // len(self.compared), 1)
         own = self.sums[index * share : (index + 1) * share] or self.sums
         diff, ref, *moves = (sum(column) for column in zip(*own, strict=True))
-        motion = moves[0] / moves[1] if moves and moves[1] > 0 else None
-        return Measure(diff, ref, self.step, max(self.step - before, 1), motion)
+        second = moves[0] / moves[1] if moves and moves[1] > 0 else None
+        return Measure(diff, ref, self.step, max(self.step - before, 1), second)
 
 
 class Clock:

@@ -223,4 +223,4 @@ def test_schedulers_tell_the_same_steps() -> None:
         _generate(pipe)
         (request,) = _requests(pipe)
         found.append([c["reused"] for c in request["steps"]])
-    assert found[0] == found[1] == [[[]]] * 2 + [[["tail"]]] * (2 * STEPS - 2)
+    assert found[0] == found[1] == [[[]]] * 2 + [[["step"]]] * (2 * STEPS - 2)

@@ -9,7 +9,9 @@ import torch
 
 from cachepass.ir import ops
 from cachepass.runtime.policy import UNMEASURED, Facts, Measure
-from cachepass.runtime.triggers import adapt_interval, look_up, polynomial
+from cachepass.runtime.triggers.accumulated import polynomial
+from cachepass.runtime.triggers.cheapest import adapt_interval
+from cachepass.runtime.triggers.codebook import look_up
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

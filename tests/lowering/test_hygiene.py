@@ -15,7 +15,7 @@ from tests.reference import MIXCACHE, FirstBlockRule, MixCacheRule, Reference, R
 from tests.requests import assert_follows, decisions, run
 
 STEPS = 12
-POLICIES: dict[str, cachepass.Policy] = {
+POLICIES: dict[str, cachepass.NamedPolicy] = {
     "firstblock": cachepass.FirstBlock(threshold=0.1, warmup_steps=0),
     "teacache": cachepass.TeaCache(threshold=0.3, warmup_steps=1),
     "adacache": cachepass.AdaCache(codebook=((9.0, 3), (99.0, 1)), motion=False),
@@ -48,7 +48,7 @@ def _steps(
     return outputs, session
 
 
-def _check(policy: cachepass.Policy) -> None:
+def _check(policy: cachepass.NamedPolicy) -> None:
     counters.clear()
     cached = cachepass.compile(WAN.model(), policy=policy)
     _, session = run(cached, steps=STEPS, seed=3)
@@ -76,7 +76,7 @@ def test_two_generations_compile_once_under(name: str) -> None:
     _check(POLICIES[name])
 
 
-def _follow(policy: cachepass.Policy, rule: Rule) -> None:
+def _follow(policy: cachepass.NamedPolicy, rule: Rule) -> None:
     model = WAN.model()
     reference = Reference(model, rule, STEPS)
     assert_follows(cachepass.compile(model, policy=policy), reference)
@@ -89,7 +89,8 @@ def test_inductor_follows_the_reference() -> None:
 
 @pytest.mark.full
 def test_inductor_follows_the_reference_of_firstblock() -> None:
-    _follow(cachepass.FirstBlock(threshold=0.1, warmup_steps=0), FirstBlockRule(0.1))
+    tail = cachepass.Blocks(name="tail", start=1)
+    _follow(cachepass.FirstBlock(threshold=0.1, warmup_steps=0, site=tail), FirstBlockRule(0.1))
 
 
 JOINT = ("cogvideox", "flux", "hunyuan", "mochi")
@@ -129,7 +130,7 @@ def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
         ),
     ],
 )
-def test_layouts_of_slots_and_arms(policy: cachepass.Policy) -> None:
+def test_layouts_of_slots_and_arms(policy: cachepass.NamedPolicy) -> None:
     """A stream that is transposed in memory, and residuals that are not, over several steps."""
     cached, eager = (
         cachepass.compile(TOY.model(), policy=policy, inner=inner)

@@ -12,7 +12,7 @@ import cachepass
 from tests.models import WAN, as_tensor
 from tests.requests import decisions, notes, run
 
-POLICIES: list[cachepass.Policy] = [
+POLICIES: list[cachepass.NamedPolicy] = [
     cachepass.FirstBlock(threshold=math.inf, warmup_steps=0),
     cachepass.TeaCache(threshold=math.inf, warmup_steps=1),
 ]
@@ -20,7 +20,7 @@ POLICIES: list[cachepass.Policy] = [
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
-def test_nan_and_inf_are_no_evidence(policy: cachepass.Policy, bad: float) -> None:
+def test_nan_and_inf_are_no_evidence(policy: cachepass.NamedPolicy, bad: float) -> None:
     cached: Any = cachepass.compile(WAN.model(), policy=policy, inner="eager")
     session = cachepass.session(cached, num_inference_steps=9)
     for step, spoiled in enumerate((False, False, True, True, False)):
@@ -33,7 +33,8 @@ def test_nan_and_inf_are_no_evidence(policy: cachepass.Policy, bad: float) -> No
             cached(**inputs)
     reused = [bool(names) for _, _, names in decisions(session)]
     assert reused == [False, True, False, False, False]
-    assert f"signal {policy.signals()[0].name!r} was NaN, infinite or zero" in notes(session)
+    signal = policy.combine().signals()[0]
+    assert f"signal {signal.name!r} was NaN, infinite or zero" in notes(session)
 
 
 def test_finite_signals_leave_no_note() -> None:
@@ -71,7 +72,7 @@ def test_rows_of_a_batch_fail_alone() -> None:
     for step, given in enumerate((latent, bad, latent)):
         with session.at(step=step):
             found.append(as_tensor(cached(given, time, text, return_dict=False)))
-    assert [decisions(session, row)[1][2] for row in range(3)] == [["tail"], [], ["tail"]]
+    assert [decisions(session, row)[1][2] for row in range(3)] == [["step"], [], ["step"]]
     assert found[1][1].isnan().all()
     for row in (0, 2):
         torch.testing.assert_close(found[1][row], found[0][row], rtol=1e-4, atol=1e-5)

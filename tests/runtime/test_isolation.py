@@ -17,7 +17,7 @@ STEPS = 6
 FIRSTBLOCK = cachepass.FirstBlock(threshold=0.1, warmup_steps=0)
 
 
-def _compile(model: Any, policy: str | cachepass.Policy = FIRSTBLOCK, **options: Any) -> Any:
+def _compile(model: Any, policy: str | cachepass.NamedPolicy = FIRSTBLOCK, **options: Any) -> Any:
     return cachepass.compile(model, policy=policy, inner="eager", **options)
 
 
@@ -61,7 +61,7 @@ def test_requests_in_a_row_equal_fresh_ones() -> None:
 
 
 @pytest.mark.parametrize("policy", [FIRSTBLOCK, cachepass.MixCache(trigger=9.0, warmup=0.0)])
-def test_interleaved_sessions_equal_serial_ones(policy: cachepass.Policy) -> None:
+def test_interleaved_sessions_equal_serial_ones(policy: cachepass.NamedPolicy) -> None:
     cached = _compile(WAN.model(), policy)
     serial = [run(cached, steps=8, seed=seed)[0] for seed in (3, 4)]
     sessions = [cachepass.session(cached, num_inference_steps=8) for _ in serial]

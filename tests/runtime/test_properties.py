@@ -92,7 +92,7 @@ def test_rows_do_not_depend_on_their_neighbours(
         assert decisions(session, row) == decisions(_alone(cached, together, row))
 
 
-ADAPTIVE: list[cachepass.Policy] = [
+ADAPTIVE: list[cachepass.NamedPolicy] = [
     cachepass.FirstBlock(threshold=0.105, warmup_steps=0),
     cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1)), motion=False),
     cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
@@ -100,7 +100,7 @@ ADAPTIVE: list[cachepass.Policy] = [
 
 
 @pytest.mark.parametrize("policy", ADAPTIVE, ids=lambda p: p.name)
-def test_adaptive_rows_do_not_depend_on_their_neighbours(policy: cachepass.Policy) -> None:
+def test_adaptive_rows_do_not_depend_on_their_neighbours(policy: cachepass.NamedPolicy) -> None:
     cached = cachepass.compile(WAN.model(), policy=policy, inner="eager")
     steps = 16
     session = cachepass.session(cached, num_inference_steps=steps)

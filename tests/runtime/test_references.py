@@ -22,6 +22,7 @@ from tests.reference import (
 from tests.requests import BOTH, assert_follows, caller, decisions, denoise, plain
 
 STEPS = 12
+TAIL = cachepass.Blocks(name="tail", start=1)
 
 
 class Never(Rule):
@@ -29,7 +30,7 @@ class Never(Rule):
         return set()
 
 
-def check(policy: cachepass.Policy, rule: Rule, **options: Any) -> Reference:
+def check(policy: cachepass.NamedPolicy, rule: Rule, **options: Any) -> Reference:
     model = WAN.model()
     cached = cachepass.compile(model, policy=policy, inner="eager")
     reference = Reference(model, rule, STEPS)
@@ -58,7 +59,7 @@ def test_schedule(kind: str) -> None:
 
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_firstblock(branches: tuple[str, ...]) -> None:
-    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2)
+    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2, site=TAIL)
     check(policy, FirstBlockRule(0.1, 2), branches=branches)
 
 
@@ -84,7 +85,9 @@ def test_half_precision() -> None:
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.5, 0.3, 0.001)])
 def test_teacache(coefficients: tuple[float, ...]) -> None:
-    policy = cachepass.TeaCache(threshold=0.3, coefficients=coefficients, warmup_steps=2)
+    policy = cachepass.TeaCache(
+        threshold=0.3, coefficients=coefficients, warmup_steps=2, site="stack"
+    )
     check(policy, TeaCacheRule(0.3, coefficients, 2))
 
 
@@ -94,7 +97,7 @@ BOOK = ((0.05, 4), (0.1, 3), (0.2, 2), (1.0, 1))
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_adacache_without_motion(branches: tuple[str, ...]) -> None:
     check(
-        cachepass.AdaCache(codebook=BOOK, motion=False),
+        cachepass.AdaCache(codebook=BOOK, motion=False, site="stack"),
         AdaCacheRule(BOOK, motion=False),
         branches=branches,
     )
@@ -104,7 +107,7 @@ def test_adacache_without_motion(branches: tuple[str, ...]) -> None:
 def test_adacache_with_motion(scale: float) -> None:
     options: dict[str, Any] = {"motion_scale": scale, "motion_power": 2.0, "motion_gradient": 1.5}
     check(
-        cachepass.AdaCache(codebook=BOOK, motion_window=(0.1, 0.9), **options),
+        cachepass.AdaCache(codebook=BOOK, motion_window=(0.1, 0.9), site="stack", **options),
         AdaCacheRule(BOOK, motion=True, scale=scale, power=2.0, gradient=1.5, window=(0.1, 0.9)),
     )
 

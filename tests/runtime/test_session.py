@@ -14,7 +14,7 @@ from tests.models import TOY, WAN, as_tensor
 from tests.requests import BOTH, caller, decisions, denoise, notes, plain
 
 
-def _toy(policy: str | cachepass.Policy = "compute") -> Any:
+def _toy(policy: str | cachepass.NamedPolicy = "compute") -> Any:
     return cachepass.compile(TOY.model(), policy=policy, inner="eager")
 
 
@@ -111,7 +111,7 @@ def test_sessions_of_two_models_may_be_entered_together() -> None:
 @pytest.mark.parametrize(
     "policy", [cachepass.Compute(), cachepass.FirstBlock(threshold=0.1, warmup_steps=0)]
 )
-def test_a_loop_without_a_session(policy: cachepass.Policy) -> None:
+def test_a_loop_without_a_session(policy: cachepass.NamedPolicy) -> None:
     """Timestep and conditioning tell step and branch, as well as a session would."""
     cached = cachepass.compile(WAN.model(), policy=policy, inner="eager")
     found = denoise(plain(cached), steps=6)

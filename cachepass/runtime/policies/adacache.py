@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from cachepass.ir.boundary import Blocks, Kind, Signal, Site, SublayerChange
-from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
-from cachepass.runtime.triggers import look_up
+from cachepass.ir.boundary import Kind, Site, SublayerChange
+from cachepass.ir.predictors import Predictor
+from cachepass.runtime.policy import EMPTY, Config, NamedPolicy, Policy
+from cachepass.runtime.triggers import Codebook, Limited, Motion
 
 FAST_30 = ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (1.0, 1))
 SLOW_30 = ((0.08, 3), (0.16, 2), (1.0, 1))
@@ -16,18 +16,8 @@ FAST_100 = ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.0, 3))
 FLOW_50 = ((0.04, 4), (0.055, 3), (0.08, 2), (1.0, 1))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class AdaCacheState:
-    """Of one row: when it last computed, what followed from it, the motion before."""
-
-    last: int = 0
-    rate: int = 1
-    motion: float = 1.0
-    seen: int = -1
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaCache(Policy):
+class AdaCache(NamedPolicy):
     """Let the change of a middle block's attention residual say when to compute next.
 
     At each computed step ``diff = rel(R, R cached) / steps since``; a codebook maps it to a
@@ -43,8 +33,6 @@ class AdaCache(Policy):
     """
 
     name: ClassVar[str] = "adacache"
-    needs_num_steps: ClassVar[bool] = True
-    shared_by_branches: ClassVar[bool] = True
 
     codebook: tuple[tuple[float, int], ...] = FLOW_50
     """(bound, rate), ascending. The default fits 50 flow-matching steps [ours]; FAST_30,
@@ -69,57 +57,33 @@ class AdaCache(Policy):
     motion_window: tuple[float, float] = (4 / 30, 26 / 30)
     """Share of the steps in which motion counts: steps 4 to 26 of 30 [code]."""
 
+    site: Site | str = "step"
+    """What is skipped: by default the call, whose last output is returned. "stack" is the residual
+    of all blocks, as in the paper; the output costs less quality on flow matching [ours]."""
+
+    predictor: Predictor | str | None = None
+    """What stands in; the usual of the site is the last value."""
+
+    def combine(self, config: Config = EMPTY) -> Policy:
+        """A codebook over the change of one sublayer's residual."""
+        signal = SublayerChange(
+            name="attention", kind=Kind.SELF_ATTENTION, block=self.block, motion=self.motion
+        )
+        motion = Motion(
+            scale=self.motion_scale,
+            power=self.motion_power,
+            gradient=self.motion_gradient,
+            window=self.motion_window,
+        )
+        codebook = Codebook(
+            signal=signal, codebook=self.codebook, motion=motion if self.motion else None
+        )
+        return Policy(
+            name=self.name,
+            sites=self.site,
+            predictor=self.predictor,
+            trigger=Limited(trigger=codebook, warmup_steps=1, last=2),
+        )
+
     def __post_init__(self) -> None:
-        bounds = [bound for bound, _ in self.codebook]
-        check(
-            bool(bounds) and bounds == sorted(bounds) and all(r >= 1 for _, r in self.codebook),
-            self,
-            "codebook",
-            "pairs (bound, rate) with ascending bounds and rates of at least 1",
-        )
-        check(self.motion_scale > 0, self, "motion_scale", "above 0")
-        low, high = self.motion_window
-        check(
-            0 <= low <= high <= 1,
-            self,
-            "motion_window",
-            "two ascending shares from 0 to 1",
-        )
-
-    def sites(self) -> tuple[Site, ...]:
-        """The whole stack."""
-        return (Blocks(name="stack"),)
-
-    def signals(self) -> tuple[Signal, ...]:
-        """The gated self-attention residual of one block."""
-        return (
-            SublayerChange(
-                name="attention",
-                kind=Kind.SELF_ATTENTION,
-                block=self.block,
-                motion=self.motion,
-            ),
-        )
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        """Compute at the first and last two steps and when the rate is up."""
-        row: AdaCacheState = state or AdaCacheState()
-        measure = facts.signal("attention")
-        if measure.step > row.seen and not math.isnan(measure.rel):
-            diff = measure.rel / measure.gap
-            motion = row.motion
-            if self.motion and measure.motion is not None and self._in_window(measure.step, facts):
-                motion = (measure.motion / self.motion_scale) ** self.motion_power
-                gradient = self.motion_gradient * (motion - row.motion) / row.rate
-                diff *= motion + abs(gradient)
-            row = AdaCacheState(row.last, look_up(self.codebook, diff), motion, measure.step)
-        assert facts.num_steps is not None
-        edge = facts.step == 0 or facts.step >= facts.num_steps - 2
-        if edge or facts.step >= row.last + row.rate or "stack" not in facts.warm:
-            return COMPUTE, dataclasses.replace(row, last=facts.step)
-        return frozenset({"stack"}), row
-
-    def _in_window(self, step: int, facts: Facts) -> bool:
-        assert facts.num_steps is not None
-        low, high = self.motion_window
-        return low * facts.num_steps < step + 1 < high * facts.num_steps
+        super().__post_init__()

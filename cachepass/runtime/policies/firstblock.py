@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from cachepass.ir.boundary import BlockChange, Blocks, Signal, Site
-from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
+from cachepass.ir.boundary import BlockChange, Site
+from cachepass.ir.predictors import Predictor
+from cachepass.runtime.policy import EMPTY, Config, NamedPolicy, Policy
+from cachepass.runtime.triggers import Below, Limited
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstBlock(Policy):
-    """Run block 0; where its residual hardly changed, reuse the residual of all others.
+class FirstBlock(NamedPolicy):
+    """Run block 0; where its residual hardly changed, skip the rest.
 
     Rule: ``rel(r, r at the last full call) <= threshold``, per branch and row. Source: the
     First-Block cache of ParaAttention and of diffusers' hooks [code].
@@ -20,27 +22,26 @@ class FirstBlock(Policy):
     name: ClassVar[str] = "firstblock"
 
     threshold: float = 0.06
-    """Relative L1 change up to which the tail is reused: .05 Wan, .06 Hunyuan, .08 FLUX [code]."""
+    """Relative L1 change up to which is reused: .05 Wan, .06 Hunyuan, .08 FLUX [code]."""
 
-    warmup_steps: int = 10
-    """Steps at the start that are computed in any case. The sources have none; on the shapes
-    testbed what is reused before step 10 of 50 costs most quality [ours]."""
+    warmup_steps: int | float = 10
+    """Steps at the start that are computed in any case: a count, or (a float) a share of all. The
+    sources have none; on the shapes testbed what is reused early costs most quality [ours]."""
 
-    def __post_init__(self) -> None:
-        check(self.threshold >= 0, self, "threshold", "at least 0")
-        check(self.warmup_steps >= 0, self, "warmup_steps", "at least 0")
+    site: Site | str = "step"
+    """What is skipped: by default the rest of the call, whose last output is returned.
+    ``Blocks(name="tail", start=1)`` is the residual of the other blocks, as in the sources; the
+    output costs less quality on flow matching [ours]."""
 
-    def sites(self) -> tuple[Site, ...]:
-        """All blocks but the first."""
-        return (Blocks(name="tail", start=1),)
+    predictor: Predictor | str | None = None
+    """What stands in; the usual of the site is the last value."""
 
-    def signals(self) -> tuple[Signal, ...]:
-        """The residual of the first block."""
-        return (BlockChange(name="probe", block=0),)
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        """Compare with the threshold; NaN computes."""
-        small = facts.signal("probe").rel <= self.threshold
-        if facts.step < self.warmup_steps or not small or "tail" not in facts.warm:
-            return COMPUTE, state
-        return frozenset({"tail"}), state
+    def combine(self, config: Config = EMPTY) -> Policy:
+        """`Below` on the first block."""
+        below = Below(signal=BlockChange(name="probe"), threshold=self.threshold)
+        return Policy(
+            name=self.name,
+            sites=self.site,
+            predictor=self.predictor,
+            trigger=Limited(trigger=below, warmup_steps=self.warmup_steps),
+        )

@@ -5,33 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cachepass.errors import PolicyError
-from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
-from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
+from cachepass.ir.boundary import Blocks
+from cachepass.ir.predictors import Predictor
+from cachepass.runtime.policy import EMPTY, SITES, Config, NamedPolicy, Policy, check
+from cachepass.runtime.triggers import AtSteps, Never
 
-_ATTENTION = (Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)
-GRANULARITIES = ("step", "cfg", "stack", "block", "attention", "mlp")
+GRANULARITIES = tuple(SITES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compute(Policy):
+class Compute(NamedPolicy):
     """Never reuse: the model as it is, through the same compiler."""
 
     name: ClassVar[str] = "compute"
 
-    def sites(self) -> tuple[Site, ...]:
-        """None: the graph is outlined and nothing else."""
-        return ()
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        """COMPUTE."""
-        return COMPUTE, state
+    def combine(self, config: Config = EMPTY) -> Policy:
+        """No sites: the graph is outlined and nothing else."""
+        return Policy(name=self.name, sites=(), trigger=Never())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule(Policy):
+class Schedule(NamedPolicy):
     """Reuse at fixed steps: ``Schedule(reuse={6: "stack", 7: "cfg"})``.
 
     Granularities: `step` (the whole call's output), `cfg` (the unconditional call),
@@ -46,6 +43,9 @@ class Schedule(Policy):
 
     blocks: tuple[int | float, int | float] = (0.25, 0.75)
     """The blocks of granularity `block`, as counts or shares."""
+
+    predictor: Predictor | str | None = None
+    """What stands in; None is what is usual for each granularity."""
 
     def __post_init__(self) -> None:
         frozen = {
@@ -68,32 +68,34 @@ class Schedule(Policy):
         object.__setattr__(self, "reuse", MappingProxyType(frozen))
 
     def __repr__(self) -> str:
-        return f"Schedule(reuse={dict(self.reuse)!r}, blocks={self.blocks!r})"
+        stand_in = f", predictor={self.predictor!r}" if self.predictor is not None else ""
+        return f"Schedule(reuse={dict(self.reuse)!r}, blocks={self.blocks!r}{stand_in})"
 
     def __hash__(self) -> int:
-        return hash((tuple(self.reuse.items()), self.blocks))
+        return hash((tuple(self.reuse.items()), self.blocks, self.predictor))
 
     @classmethod
     def every(
-        cls, period: int, *, steps: int, granularity: str = "stack", start: int = 5
+        cls,
+        period: int,
+        *,
+        steps: int,
+        granularity: str = "stack",
+        start: int = 5,
+        predictor: Predictor | str | None = None,
     ) -> Schedule:
         """The blind baseline: from `start` on, compute each `period`-th step and the last."""
         cached = {i: granularity for i in range(start, steps - 1) if (i - start) % period != 0}
-        return cls(reuse=cached)
+        return cls(reuse=cached, predictor=predictor)
 
-    def sites(self) -> tuple[Site, ...]:
-        """One for each granularity that occurs."""
+    def combine(self, config: Config = EMPTY) -> Policy:
+        """`AtSteps`, with a site for each granularity that occurs."""
         used = {kind for kinds in self.reuse.values() for kind in kinds}
-        every: dict[str, Site] = {
-            "step": WholeCall(),
-            "cfg": Cfg(),
-            "stack": Blocks(),
-            "block": Blocks(name="block", start=self.blocks[0], stop=self.blocks[1]),
-            "attention": Sublayers(name="attention", kinds=_ATTENTION),
-            "mlp": Sublayers(name="mlp", kinds=(Kind.MLP,)),
-        }
-        return tuple(site for kind, site in every.items() if kind in used)
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        """What the list says for this step."""
-        return frozenset(self.reuse.get(facts.step, ())), state
+        low, high = self.blocks
+        sites = {**SITES, "block": Blocks(name="block", start=low, stop=high)}
+        return Policy(
+            name=self.name,
+            sites=tuple(site for kind, site in sites.items() if kind in used),
+            predictor=self.predictor,
+            trigger=AtSteps(reuse={step: tuple(kinds) for step, kinds in self.reuse.items()}),
+        )

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from cachepass.ir.boundary import Blocks, CacheChange, Cfg, Signal, Site, WholeCall
-from cachepass.runtime.policy import COMPUTE, Facts, Policy, check
-from cachepass.runtime.triggers import adapt_interval
+from cachepass.ir.boundary import Blocks, Cfg, WholeCall
+from cachepass.ir.predictors import Predictor
+from cachepass.runtime.policy import EMPTY, Config, NamedPolicy, Policy, check
+from cachepass.runtime.triggers import Cheapest, Limited
 
 _GRANULARITIES = ("step", "cfg", "block")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MixCacheState:
-    """Of one row: whether caching is on, the run it is in, what it chose last."""
-
-    enabled: bool = False
-    full: int = 0
-    interval: int = 3
-    chosen: str | None = None
-    judged: int = -1
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixCache(Policy):
+class MixCache(NamedPolicy):
     """One full step, then up to interval - 1 cached ones, each at the granularity that costs least.
 
     Granularities: `step` (the calls of both branches, whose last outputs are returned), `cfg`
@@ -50,8 +39,6 @@ class MixCache(Policy):
     """
 
     name: ClassVar[str] = "mixcache"
-    needs_num_steps: ClassVar[bool] = True
-    shared_by_branches: ClassVar[bool] = True
 
     interval: tuple[int, int] = (2, 5)
     """Shortest and longest interval, in steps [ours]."""
@@ -84,6 +71,9 @@ class MixCache(Policy):
     blocks: tuple[int | float, int | float] = (0.25, 0.75)
     """The blocks of granularity `block`: the middle half [ours]."""
 
+    predictor: Predictor | str | None = None
+    """What stands in; the usual of each granularity is the paper's."""
+
     def __post_init__(self) -> None:
         low, high = self.interval
         check(
@@ -106,56 +96,26 @@ class MixCache(Policy):
         check(ok, self, "influence", "three numbers of at least 0")
         check(self.repeat_penalty >= 1, self, "repeat_penalty", "at least 1")
 
-    def sites(self) -> tuple[Site, ...]:
-        """The three granularities."""
-        return (
-            WholeCall(name="step"),
-            Cfg(name="cfg"),
-            Blocks(name="block", start=self.blocks[0], stop=self.blocks[1]),
+    def combine(self, config: Config = EMPTY) -> Policy:
+        """`Cheapest` of three sites, at the edges of a request all computed."""
+        low, high = self.blocks
+        return Policy(
+            name=self.name,
+            sites=(WholeCall(), Cfg(), Blocks(name="block", start=low, stop=high)),
+            predictor=self.predictor,
+            trigger=Limited(
+                warmup_steps=self.warmup,
+                warmup_at_least=5,
+                last=1,
+                trigger=Cheapest(
+                    influence=dict(zip(_GRANULARITIES, self.influence, strict=True)),
+                    settled=self.trigger,
+                    latest_start=self.latest_start,
+                    interval=self.interval,
+                    start_interval=self.start_interval,
+                    shorten=self.shorten,
+                    lengthen=self.lengthen,
+                    repeat_penalty=self.repeat_penalty,
+                ),
+            ),
         )
-
-    def signals(self) -> tuple[Signal, ...]:
-        """Each cached object."""
-        return tuple(CacheChange(name=g, site=g) for g in _GRANULARITIES)
-
-    def decide(self, facts: Facts, state: Any) -> tuple[frozenset[str], Any]:
-        """See the class."""
-        row: MixCacheState = state or MixCacheState(interval=self.start_interval)
-        assert facts.num_steps is not None
-        change = facts.signal("step")
-        settled = change.rel / change.gap < self.trigger
-        warm_up = max(5, math.ceil(self.warmup * facts.num_steps))
-        late = facts.step >= self.latest_start * facts.num_steps
-        if facts.step >= warm_up and (settled or late):
-            row = dataclasses.replace(row, enabled=True)
-        row = self._judge(row, facts)
-        choices = [g for g in _GRANULARITIES if g in facts.warm]
-        due = facts.step >= row.full + row.interval
-        if not row.enabled or due or facts.is_last or not choices:
-            return COMPUTE, dataclasses.replace(row, full=facts.step)
-        chosen = min(choices, key=lambda g: self._cost(g, row, facts))
-        # The full step before this run is judged already, or ended no run.
-        return frozenset({chosen}), dataclasses.replace(row, chosen=chosen, judged=row.full)
-
-    def _judge(self, row: MixCacheState, facts: Facts) -> MixCacheState:
-        """Adapt the interval once after each full step that ended a cached run."""
-        if row.chosen is None or row.judged >= row.full:
-            return row
-        measure = facts.signal(row.chosen)
-        if measure.step != row.full:
-            return row
-        interval = adapt_interval(
-            row.interval,
-            measure.rel,
-            low=self.lengthen,
-            high=self.shorten,
-            bounds=self.interval,
-        )
-        return dataclasses.replace(row, interval=interval, judged=row.full)
-
-    def _cost(self, granularity: str, row: MixCacheState, facts: Facts) -> float:
-        measure = facts.signal(granularity)
-        change = measure.rel / measure.gap
-        weight = self.influence[_GRANULARITIES.index(granularity)]
-        penalty = self.repeat_penalty if granularity == row.chosen else 1.0
-        return math.inf if math.isnan(change) else change * weight * penalty

@@ -25,7 +25,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench lint types format
+.PHONY: help demo test test-full bench frontier peers lint types format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,14 @@ test-full: $(READY) ## every test, with the large compiled matrices
 
 bench: $(READY) ## measure speed and quality
 	$(PY) -m benchmarks.bench
+
+frontier: $(READY) ## measure every policy over a range of its main knob: about an hour
+	$(PY) -m benchmarks.frontier
+
+# Not part of the set-up: nothing else needs the peers.
+peers: $(READY) ## compare with other libraries that cache: some hours
+	@$(PIP) "$(TORCH)" -e ".[diffusers,peers]"
+	$(PY) -m benchmarks.peers
 
 lint: $(READY) ## style, format and the import contracts
 	$(PY) -m ruff check .

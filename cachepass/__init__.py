@@ -12,6 +12,7 @@ from cachepass.api import (
     restore as restore,
     session as session,
 )
+from cachepass.calibrate import calibrate as calibrate
 from cachepass.errors import (
     CachePassError as CachePassError,
     CaptureError as CaptureError,
@@ -61,7 +62,9 @@ from cachepass.runtime.policies import (
     FirstBlock as FirstBlock,
     MagCache as MagCache,
     MixCache as MixCache,
+    Profile as Profile,
     Schedule as Schedule,
+    SRDiffusion as SRDiffusion,
     TaylorSeer as TaylorSeer,
     TeaCache as TeaCache,
     policies as policies,

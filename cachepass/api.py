@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import inspect
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,9 +23,11 @@ from cachepass.lowering.regions import RegionCompiler, lower
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
-from cachepass.report import Report, report_of
+from cachepass.report import Report, merged, report_of
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint, Program
-from cachepass.runtime.policies import AnyPolicy, for_model, resolve
+from cachepass.runtime.guidance import CONCATENATED, Arguments, Guidance, halves, join
+from cachepass.runtime.policies import AnyPolicy, SRDiffusion, for_model, resolve
+from cachepass.runtime.relay import RENDER, SKETCH, Relay, Switch
 from cachepass.runtime.session import Session
 
 M = TypeVar("M")
@@ -35,11 +37,12 @@ Inner = Literal["inductor", "eager"]
 def compile(
     model: M,
     *,
-    policy: str | AnyPolicy = "mixcache",
+    policy: str | os.PathLike[str] | AnyPolicy | SRDiffusion = "mixcache",
     options: dict[str, Any] | None = None,
     lowering: Literal["regions"] = "regions",
     mode: str | None = None,
     dynamic: bool | None = None,
+    guidance: Guidance | None = None,
     inner: Inner = "inductor",
     dump: str | os.PathLike[str] | None = None,
 ) -> M:
@@ -49,11 +52,14 @@ def compile(
         model: a diffusion transformer, or a pipeline that holds some. A module comes back
             wrapped, as from torch.compile, and is itself left alone; a pipeline comes back
             as the same object with its denoisers wrapped (`restore` undoes it).
-        policy: a name (see `policies()`) or a policy object.
-        options: fields of the policy, if it is given by name.
+        policy: a name (see `policies()`), a policy object, or a `Profile` or the path of one.
+        options: fields of the policy, if it is given by name or profile.
         lowering: "regions", Inductor for each distinct region.
         mode: as in torch.compile: "default", "max-autotune", ...
         dynamic: as in torch.compile: whether to capture with symbolic shapes.
+        guidance: "concat" where each call holds both branches of guidance in one batch, the
+            unconditional rows first ("concat-cond-first": last). For a policy that skips the
+            unconditional branch such a call is taken apart. diffusers' pipelines say it themselves.
         inner: "eager" runs the rewritten graph without Inductor: slower, bitwise equal to
             the model, good for debugging.
         dump: a folder for the graph after each pass; the environment variable
@@ -63,24 +69,65 @@ def compile(
         PolicyError: unknown policy or option, with the valid ones.
         CaptureError: at the first call, if the call cannot be captured or has no blocks.
     """
-    resolved = resolve(policy, options)
     if lowering != "regions":
         raise CachePassError(f"unknown `lowering`={lowering!r}: must be 'regions'")
     if inner not in ("inductor", "eager"):
         raise CachePassError(f"unknown `inner`={inner!r}: must be 'inductor' or 'eager'")
+    if guidance not in (None, *get_args(Guidance)):
+        raise CachePassError(
+            f"unknown `guidance`={guidance!r}: must be None or one of "
+            f"{', '.join(get_args(Guidance))}"
+        )
+    scheduler = getattr(model, "scheduler", None)
+
+    def wrap(module: nn.Module, chosen: Any, folder: str | os.PathLike[str] | None) -> CachedModule:
+        return CachedModule(
+            module,
+            policy=resolve(chosen, options, scheduler=scheduler),
+            mode=mode,
+            dynamic=dynamic,
+            guidance=guidance,
+            inner=inner,
+            dump=folder,
+        )
+
     folder = dump or _dump_folder()
-    wrap = functools.partial(CachedModule, policy=resolved, mode=mode, dynamic=dynamic, inner=inner)
+    if isinstance(policy, SRDiffusion):
+        if isinstance(model, nn.Module):
+            raise PolicyError(
+                "SRDiffusion takes turns within a request, which a scheduler has to tell of: give "
+                "the pipeline to cachepass.compile, not its model"
+            )
+        return pipelines.attach(model, _relay(policy, wrap, folder))
     if isinstance(model, nn.Module):
         if isinstance(model, OptimizedModule):
             raise CachePassError(
                 "the model is compiled already: give cachepass the plain module "
                 "(`model._orig_mod`), it calls Inductor itself"
             )
-        return wrap(model, dump=folder)  # type: ignore[return-value]
+        return wrap(model, policy, folder)  # type: ignore[return-value]
     return pipelines.attach(
         model,
-        lambda name, module: wrap(module, dump=pathlib.Path(folder, name) if folder else None),
+        lambda name, module: wrap(module, policy, pathlib.Path(folder, name) if folder else None),
     )
+
+
+def _relay(
+    policy: SRDiffusion,
+    wrap: Callable[[nn.Module, Any, str | os.PathLike[str] | None], CachedModule],
+    folder: str | os.PathLike[str] | None,
+) -> Callable[[str, nn.Module], Relay]:
+    """What puts a relay in the place of each denoiser; one switch and one small model for all."""
+    switch = Switch(policy)
+    render = wrap(
+        policy.render, policy.render_policy, pathlib.Path(folder, RENDER) if folder else None
+    )
+
+    def put(name: str, module: nn.Module) -> Relay:
+        inside = pathlib.Path(folder, name) if folder else None
+        return Relay(wrap(module, policy.sketch_policy, inside), render, switch)
+
+    return put
 
 
 _NOTHING = contextlib.nullcontext()
@@ -90,7 +137,9 @@ class CachedModule(OptimizedModule):
     """A denoiser with a cache inside; everything else is the user's module, unchanged."""
 
     denoiser: Denoiser
+    clocked: list[Denoiser]
     dynamic: bool | None
+    guidance: Guidance | None
 
     def __init__(
         self,
@@ -99,6 +148,7 @@ class CachedModule(OptimizedModule):
         policy: AnyPolicy,
         mode: str | None,
         dynamic: bool | None,
+        guidance: Guidance | None,
         inner: Inner,
         dump: str | os.PathLike[str] | None,
     ) -> None:
@@ -117,7 +167,7 @@ class CachedModule(OptimizedModule):
         )
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
-        vars(self).update(denoiser=denoiser, dynamic=dynamic)
+        vars(self).update(denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance)
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
@@ -129,6 +179,31 @@ class CachedModule(OptimizedModule):
                     "an input requires grad: cachepass is for inference, and a reused value has no "
                     "gradient. Detach the input, or train with the plain module"
                 )
+        hint = HINT.get()
+        concatenated = self.guidance or (hint is not None and hint.branch == CONCATENATED)
+        if concatenated and self.denoiser.skips_uncond:
+            pair = halves(args, kwargs)
+            if pair is not None:
+                return self._in_turn(*pair)
+        return self._call(args, kwargs)
+
+    def _in_turn(self, first: Arguments, second: Arguments) -> Any:
+        """The two halves of a batch as calls of two branches, the conditional one first."""
+        hint = HINT.get() or Hint("")
+        cond_first = self.guidance == "concat-cond-first"
+        outputs = {}
+        for branch, given in (("cond", second), ("uncond", first)):
+            if cond_first:
+                given = first if branch == "cond" else second
+            token = HINT.set(dataclasses.replace(hint, branch=branch, half=True))
+            try:
+                outputs[branch] = self._call(*given)
+            finally:
+                HINT.reset(token)
+        order = ("cond", "uncond") if cond_first else ("uncond", "cond")
+        return join(*(outputs[branch] for branch in order))
+
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
@@ -173,7 +248,7 @@ def _backend(
     def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
         if inner == "eager":
             return gm.forward
-        driver = lower(gm, gm.meta["layout"].slots, args, compiler)
+        driver = lower(gm, args, compiler)
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
         return driver
 
@@ -239,7 +314,7 @@ def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Sess
 
 def reset(model: Any) -> None:
     """Drop the slots of all sessions of a compiled model or pipeline."""
-    for cached in _cached(model):
+    for cached in _cached(model).values():
         cached.denoiser.reset()
 
 
@@ -249,10 +324,9 @@ def report(model: Any) -> Report:
         owner = model.owner
         assert isinstance(owner, Denoiser)
         return report_of(owner, only=model.history)
-    first, *others = (report_of(cached.denoiser) for cached in _cached(model))
-    for other in others:  # a pipeline with several denoisers
-        first.data["requests"] += other.data["requests"]
-    return first
+    if isinstance(model, CachedModule):
+        return report_of(model.denoiser)
+    return merged({name: report_of(c.denoiser) for name, c in _cached(model).items()})
 
 
 def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -263,7 +337,7 @@ def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     root = pathlib.Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     paths = []
-    for i, cached in enumerate(_cached(model)):
+    for i, cached in enumerate(_cached(model).values()):
         if not cached.denoiser.programs:
             raise CachePassError("nothing was captured yet: call the model once before `dump`")
         for j, program in enumerate(cached.denoiser.programs):
@@ -286,10 +360,16 @@ def _denoiser(model: Any) -> Denoiser:
     return model.denoiser
 
 
-def _cached(model: Any) -> list[CachedModule]:
+def _cached(model: Any) -> dict[str, CachedModule]:
+    """What cachepass has compiled of a model or a pipeline, by name."""
     if isinstance(model, CachedModule):
-        return [model]
-    found = [m for m in pipelines.denoisers(model).values() if isinstance(m, CachedModule)]
+        return {"model": model}
+    found: dict[str, CachedModule] = {}
+    for name, module in pipelines.denoisers(model).items():
+        if isinstance(module, CachedModule):
+            found[name] = module
+        elif isinstance(module, Relay):
+            found |= {f"{name}, {SKETCH}": module.sketch, RENDER: module.render}
     if not found:
         raise CachePassError(
             f"{type(model).__name__} holds nothing that cachepass.compile has compiled"

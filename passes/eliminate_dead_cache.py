@@ -51,8 +51,10 @@ def _sweep(gm: fx.GraphModule) -> bool:
         for node in reversed(part.graph.nodes):
             if node.op != "call_function":
                 continue
-            dead = (node.target is ops.cache_write and node.args[1] not in read) or (
-                node.target is ops.cache_read and not node.users
+            dead = (
+                (node.target is ops.cache_write and node.args[1] not in read)
+                or (node.target is ops.cache_shift and node.args[2] not in read)
+                or (node.target in (ops.cache_read, ops.weights) and not node.users)
             )
             if node.target is ops.guard:
                 attribute = node.args[2]

@@ -52,14 +52,22 @@ class Rule:
     whole_call: str | None = None
     """The site that is the output of the whole call."""
 
-    probe: int | None = None
-    """A block whose residual is measured before the decision."""
+    probe: int = 0
+    """How many blocks run before the decision; what they did is measured as "probe"."""
+
+    independent = False
+    """Whether a sublayer that computes is kept whatever else is reused."""
 
     def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
         raise NotImplementedError
 
     def computed(self, ref: Reference, step: int, branch: str) -> None:
         """After a full call."""
+
+    def stand_in(self, ref: Reference, name: str, branch: str, base: Tensor | None) -> Tensor:
+        """In place of a skipped value; `base` is what a residual is added to."""
+        value = ref.kept[name, branch]
+        return value.clone() if base is None else base + value
 
 
 class Reference:
@@ -68,11 +76,14 @@ class Reference:
     def __init__(self, model: Any, rule: Rule, num_steps: int) -> None:
         self.model, self.rule, self.num_steps = model, rule, num_steps
         self.kept: dict[tuple[str, str], Tensor] = {}
+        self.history: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+        """All values that were kept, newest first, with their steps."""
         self.changes: dict[tuple[str, str], Change] = {}
         self.decisions: list[tuple[int, str, list[str]]] = []
         self.branches: list[str] = []
         self.step = -1
-        self.latent: Tensor | None = None
+        self.now = torch.empty(0)
+        self.time = 0.0
         self.timestep_embedding: Tensor | None = None
         self.conditional: Tensor | None = None
         self.choice: set[str] = set()
@@ -83,6 +94,7 @@ class Reference:
     def call(self, step: int, branch: str, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
         model, rule = self.model, self.rule
         first = step != self.step
+        self.now, self.time = latent, float(time[0])
         if first:
             self.step, self.conditional = step, None
             self._observe("latent", "", latent, step)
@@ -94,11 +106,12 @@ class Reference:
         projection = projection.unflatten(1, (6, -1))
         self.arguments = (context, projection, rope)
         self._observe("timestep", branch, projection, step)
-        start = 0
-        if rule.probe is not None:
-            assert rule.probe == 0
-            entering, h, start = h, self.block(0, h, branch, set(), False), 1
-            probe = h - entering
+        start, entering = rule.probe, h
+        for i in range(start):
+            h = self.block(i, h, branch, set(), False)
+        self.probed, probe = h, h - entering
+        self.probe_residual = probe
+        if start:
             self._change("probe", branch, probe, step)
         if first or not rule.shared:
             self.choice = rule.decide(self, step, branch)
@@ -108,8 +121,8 @@ class Reference:
         self.decisions.append((step, branch, sorted(reused)))
         out = self._body(h, start, temb, latent, branch, reused, full, step)
         if full:
-            if rule.probe is not None:
-                self.kept["probe", branch] = probe
+            if rule.probe:
+                self._keep("probe", branch, probe, step)
             rule.computed(self, step, branch)
         return out
 
@@ -118,12 +131,11 @@ class Reference:
         reused: set[str], full: bool, step: int,
     ) -> Tensor:  # fmt: skip
         if "cfg" in reused:
-            assert self.conditional is not None
-            return self.conditional + self.kept["cfg", ""]
+            return self.rule.stand_in(self, "cfg", "", self.conditional)
         whole = self.rule.whole_call
         if whole in reused:
             assert whole is not None
-            out = self.kept[whole, branch].clone()
+            out = self.rule.stand_in(self, whole, branch, None)
         else:
             ranges = sorted(self.rule.ranges, key=lambda r: r[1][0] - r[1][1])
             h = self._run(h, start, len(self.model.blocks), ranges, branch, reused, full, step)
@@ -132,7 +144,7 @@ class Reference:
                 self._observe(whole, branch, out, step)
         if branch == "cond":
             self.conditional = out.clone()
-        elif full and self.conditional is not None:
+        elif (full or self.rule.independent) and self.conditional is not None:
             delta = out - self.conditional
             self._observe("cfg", "", delta, step)
         return out
@@ -148,7 +160,7 @@ class Reference:
         name, (low, high) = ranges[0]
         entering = h = self._run(h, start, low, [], branch, reused, full, step)
         if name in reused:
-            h = h + self.kept[name, branch]
+            h = self.rule.stand_in(self, name, branch, h)
         else:
             h = self._run(h, low, high, ranges[1:], branch, reused, full, step)
             if full:
@@ -163,11 +175,12 @@ class Reference:
         shift, scale, gate, c_shift, c_scale, c_gate = table
 
         def branch_of(kind: str, part: str, value: Any) -> Tensor:
-            if kind in reused:
-                return self.kept[f"{kind}.{i}.{part}", branch]
+            name = f"{kind}.{i}.{part}"
+            if kind in reused or f"{part}-{kind}" in reused:
+                return self.rule.stand_in(self, name, branch, None)
             out: Tensor = value()
-            if full:
-                self.kept[f"{kind}.{i}.{part}", branch] = out.clone()
+            if full or self.rule.independent:
+                self._keep(name, branch, out, self.step)
             return out
 
         h = h + branch_of(
@@ -201,8 +214,9 @@ class Reference:
         if name == "cfg":
             ready = self.conditional is not None and ("cfg", "") in self.kept
             return branch == "uncond" and ready
-        if name in ("attention", "mlp"):
-            return any(k.startswith(f"{name}.") and b == branch for k, b in self.kept)
+        if name == "mlp" or name.endswith("attention"):
+            kind = name.rpartition("-")[2]
+            return any(k.startswith(f"{kind}.") and b == branch for k, b in self.kept)
         return (name, branch) in self.kept
 
     def _change(self, name: str, branch: str, now: Tensor, step: int) -> None:
@@ -217,7 +231,11 @@ class Reference:
 
     def _observe(self, name: str, branch: str, now: Tensor, step: int) -> None:
         self._change(name, branch, now, step)
+        self._keep(name, branch, now, step)
+
+    def _keep(self, name: str, branch: str, now: Tensor, step: int) -> None:
         self.kept[name, branch] = now.clone()
+        self.history.setdefault((name, branch), []).insert(0, (step, now.clone()))
 
     def change(self, name: str, branch: str | None = None) -> Change | None:
         """The latest measure; of all branches together where none is named."""
@@ -256,7 +274,7 @@ class ScheduleRule(Rule):
 class FirstBlockRule(Rule):
     """The residual of block 0 against that of the last full call."""
 
-    probe = 0
+    probe = 1
     ranges = (("tail", (1, 4)),)
 
     def __init__(self, threshold: float, warmup_steps: int = 0) -> None:
@@ -337,6 +355,222 @@ class AdaCacheRule(Rule):
             self.last = step
             return set()
         return {"stack"}
+
+
+class DBCacheRule(Rule):
+    """The residual of the first two blocks; the last block always runs."""
+
+    probe = 2
+    ranges = (("middle", (2, 3)),)
+
+    def __init__(self, threshold: float, warmup: int, in_a_row: int, in_all: int) -> None:
+        self.threshold, self.warmup, self.in_a_row, self.in_all = (
+            threshold,
+            warmup,
+            in_a_row,
+            in_all,
+        )
+        self.row: dict[str, int] = {}
+        self.all: dict[str, int] = {}
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        row, total = self.row.get(branch, 0), self.all.get(branch, 0)
+        small = step >= self.warmup and ref.changes["probe", branch].rel <= self.threshold
+        if not small or row >= self.in_a_row or total >= self.in_all:
+            self.row[branch] = 0
+            return set()
+        self.row[branch], self.all[branch] = row + 1, total + 1
+        return {"middle"}
+
+
+class TaylorSeerRule(Rule):
+    """Full, then interval - 1 forecasts; derivatives by differences over the last interval."""
+
+    whole_call = "step"
+
+    def __init__(self, interval: int, order: int, first: int) -> None:
+        self.interval, self.order, self.first = interval, order, first
+        self.counter: dict[str, int] = {}
+        self.derivatives: dict[str, list[Tensor]] = {}
+        self.at: dict[str, int] = {}
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        counter = self.counter.get(branch, 0)
+        last = step == ref.num_steps - 1
+        if step < self.first or counter == self.interval - 1 or last:
+            self.counter[branch] = 0
+            return set()
+        self.counter[branch] = counter + 1
+        return {"step"}
+
+    def computed(self, ref: Reference, step: int, branch: str) -> None:
+        new, old = [ref.kept["step", branch].double()], self.derivatives.get(branch, [])
+        for i in range(min(self.order, len(old))):
+            new.append((new[i] - old[i]) / (step - self.at[branch]))
+        self.derivatives[branch], self.at[branch] = new, step
+
+    def stand_in(self, ref: Reference, name: str, branch: str, base: Tensor | None) -> Tensor:
+        elapsed = ref.step - self.at[branch]
+        terms = [d * elapsed**i / math.factorial(i) for i, d in enumerate(self.derivatives[branch])]
+        return torch.stack(terms).sum(0).float()
+
+
+class MagCacheRule(Rule):
+    """Multiply calibrated ratios; the distance from 1 adds up."""
+
+    ranges = (("stack", (0, 4)),)
+
+    def __init__(
+        self, ratios: dict[str, list[float]], threshold: float, k: int, retention: float
+    ) -> None:
+        self.ratios, self.threshold, self.k, self.retention = ratios, threshold, k, retention
+        self.state: dict[str, tuple[float, float, int]] = {}
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        ratio, error, skipped = self.state.get(branch, (1.0, 0.0, 0))
+        if step >= self.retention * ref.num_steps:
+            ratio *= self.ratios[branch][step]
+            error, skipped = error + abs(1 - ratio), skipped + 1
+            if error < self.threshold and skipped <= self.k:
+                self.state[branch] = (ratio, error, skipped)
+                return {"stack"}
+        self.state[branch] = (1.0, 0.0, 0)
+        return set()
+
+
+class EasyCacheRule(Rule):
+    """k = |out change| / |in change| of the last computed pair; k |dx| / |out| adds up."""
+
+    shared = True
+    whole_call = "step"
+
+    def __init__(self, threshold: float, warmup: int) -> None:
+        self.threshold, self.warmup = threshold, warmup
+        self.error, self.rate = 0.0, NAN
+        self.previous: tuple[Tensor, Tensor] | None = None
+        self.inputs: dict[str, Tensor] = {}
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        if self.previous is None or self.warmup > step or step == ref.num_steps - 1:
+            self.error = 0.0
+            return set()
+        (_, before), (_, out) = ref.history["latent", ""][1], ("", self.previous[1])
+        moved = float((ref.now - before).abs().mean())
+        self.error += self.rate * moved / float(out.abs().mean())
+        if self.error < self.threshold:
+            return {"step"}
+        self.error = 0.0
+        return set()
+
+    def computed(self, ref: Reference, step: int, branch: str) -> None:
+        self.inputs[branch] = ref.now.clone()
+        if branch != ref.branches[0]:
+            return
+        out = ref.kept["step", branch]
+        if self.previous is not None:
+            x, y = self.previous
+            self.rate = float((out - y).abs().mean()) / float((ref.now - x).abs().mean())
+        self.previous = (ref.now.clone(), out.clone())
+
+    def stand_in(self, ref: Reference, name: str, branch: str, base: Tensor | None) -> Tensor:
+        return ref.now + (ref.kept[name, branch] - self.inputs[branch])
+
+
+class DiCacheRule(Rule):
+    """The probe's output from call to call adds up; the last two residuals as anchors."""
+
+    probe = 1
+    ranges = (("tail", (1, 4)),)
+
+    def __init__(self, threshold: float, warmup: int, bounds: tuple[float, float]) -> None:
+        self.threshold, self.warmup, self.bounds = threshold, warmup, bounds
+        self.error: dict[str, float] = {}
+        self.before: dict[str, Tensor] = {}
+        self.residual = torch.empty(0)
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        probe = ref.probed
+        change = rel(probe, self.before.get(branch))
+        self.before[branch] = probe
+        error = self.error.get(branch, 0.0) + change
+        if step < self.warmup or step == ref.num_steps - 1 or not error < self.threshold:
+            self.error[branch] = 0.0
+            return set()
+        self.error[branch] = error
+        return {"tail"}
+
+    def stand_in(self, ref: Reference, name: str, branch: str, base: Tensor | None) -> Tensor:
+        assert base is not None
+        (_, r1), (_, r2) = ref.history[name, branch][:2]
+        (_, p1), (_, p2) = ref.history["probe", branch][:2]
+        p = ref.probe_residual
+        gamma = float((p - p2).abs().mean() / (p1 - p2).abs().mean())
+        low, high = self.bounds
+        return base + r2 + min(max(gamma, low), high) * (r1 - r2)
+
+
+class PABRule(Rule):
+    """Each kind of attention at its own pace, within a window of timesteps."""
+
+    independent = True
+
+    def __init__(self, ranges: dict[str, int], window: tuple[float, float]) -> None:
+        self.periods, self.window = ranges, window
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        low, high = self.window
+        if not low < ref.time < high:
+            return set()
+        return {f"{kind}-attention" for kind, n in self.periods.items() if step % n}
+
+
+class FasterCacheRule(Rule):
+    """Extrapolated self-attention every other step; guidance in two bands."""
+
+    independent = True
+
+    def __init__(self, start: int, period: int, growth: float) -> None:
+        self.start, self.period, self.growth = start, period, growth
+        self.skipped = 0
+        self.bands: list[Tensor] = []
+        self.factors = [1.0, 1.0]
+
+    def decide(self, ref: Reference, step: int, branch: str) -> set[str]:
+        names = set()
+        if step >= self.start and ref.time < 681 and step % 2:
+            names.add("self-attention")
+        if branch == "uncond" and step >= self.start and ref.time < 641:
+            if self.skipped < self.period - 1:
+                names.add("cfg")
+                self.skipped += 1
+            else:
+                self.skipped = 0
+        return names
+
+    def stand_in(self, ref: Reference, name: str, branch: str, base: Tensor | None) -> Tensor:
+        if name != "cfg":
+            (_, a1), (_, a2) = ref.history[name, branch][:2]
+            return a1 + 0.5 * (a1 - a2)
+        assert base is not None
+        (at, delta), factors = ref.history["cfg", ""][0], [1.0, 1.0]
+        for step in range(at + 1, ref.step + 1):
+            t = 1000 * (1 - step / ref.num_steps)
+            for band, (low, high) in enumerate([(99, 901), (-1, 301)]):
+                factors[band] *= self.growth if low < t < high else 1.0
+        height, width = base.shape[-2:]
+        centre = (
+            torch.fft.fftshift(torch.fft.fft2(base + delta)),
+            torch.fft.fftshift(torch.fft.fft2(base)),
+        )
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        low_mask = (y - height // 2) ** 2 + (x - width // 2) ** 2 <= (min(height, width) // 5) ** 2
+        u, c = centre
+        mixed = sum(
+            c * mask + (u * mask - c * mask) * factor
+            for mask, factor in zip([low_mask, ~low_mask], factors, strict=True)
+        )
+        out: Tensor = torch.fft.ifft2(torch.fft.ifftshift(torch.as_tensor(mixed))).real
+        return out
 
 
 MIXCACHE: dict[str, Any] = {

@@ -9,17 +9,23 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
 from cachepass.errors import CachePassError
-from cachepass.runtime.denoiser import Denoiser
 
 P = TypeVar("P")
 
 _TIME = ("timestep", "timesteps")
 _CLOCK = "_cachepass_clock"
+
+
+class Clocked(Protocol):
+    """What a scheduler is the clock of."""
+
+    def begin_request(self, num_steps: int) -> None: ...
+    def end_step(self) -> None: ...
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
@@ -43,7 +49,7 @@ def _takes_time(module: nn.Module) -> bool:
 
 
 def _is_cached(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "denoiser", None), Denoiser)
+    return bool(getattr(module, "clocked", None))
 
 
 def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
@@ -63,7 +69,8 @@ def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
     wrapped = {name: wrap(name, module) for name, module in found.items()}
     for name, cached in wrapped.items():
         setattr(pipe, name, cached)
-        follow(pipe.scheduler, cached.denoiser)  # type: ignore[attr-defined]
+        for clocked in cached.clocked:
+            follow(pipe.scheduler, clocked)  # type: ignore[attr-defined]
     return pipe
 
 
@@ -78,17 +85,18 @@ def detach(pipe: P) -> P:
     return pipe
 
 
-class Followers(list[Denoiser]):
-    """The denoisers that a scheduler is the clock of; a copy of the scheduler has none."""
+class Followers(list[Clocked]):
+    """What a scheduler is the clock of; a copy of the scheduler has none."""
 
     def __deepcopy__(self, _: object) -> Followers:
         return Followers()
 
 
-def follow(scheduler: Any, denoiser: Denoiser) -> None:
-    """Let a scheduler start requests and end steps of a denoiser. Wraps the instance only."""
+def follow(scheduler: Any, clocked: Clocked) -> None:
+    """Let a scheduler start requests and end steps. Wraps the instance only."""
     followers = vars(scheduler).setdefault(_CLOCK, Followers())
-    followers.append(denoiser)
+    if not any(other is clocked for other in followers):
+        followers.append(clocked)
     kind = type(scheduler)
 
     # Bound methods, not closures over the scheduler: some pipelines work on a deep copy of it.

@@ -33,6 +33,12 @@ class When(enum.StrEnum):
     UNCOND_FULL = "uncond-full"
     """As FULL, on the unconditional branch, with this step's conditional output at hand."""
 
+    UNCOND_FIRST = "uncond-first"
+    """As FULL, on the unconditional branch, before this step's conditional call."""
+
+    COND_FULL = "cond-full"
+    """As FULL, on the conditional branch, with this step's unconditional output at hand."""
+
     FIRST_CALL = "first-call"
     """The call is the first of its step."""
 
@@ -46,7 +52,7 @@ class Frame(Protocol):
     def read(self, slot: str, like: Tensor | None) -> Tensor: ...
     def write(self, slot: str, value: Tensor) -> None: ...
     def shift(self, newer: str, older: str) -> None: ...
-    def weights(self, slot: str, like: Tensor) -> Tensor: ...
+    def weights(self, slot: str, count: int, like: Tensor) -> Tensor: ...
     def observe(self, signal: str, slot: str, sums: Tensor) -> None: ...
     def decide(self) -> None: ...
     def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any: ...
@@ -72,12 +78,12 @@ def cache_shift(frame: Frame, newer: str, older: str) -> None:
     frame.shift(newer, older)
 
 
-def weights(frame: Frame, slot: str, like: Tensor) -> Tensor:
-    """(rows, kept values) float32 on the device of `like`: how a predictor sums up what it keeps.
+def weights(frame: Frame, slot: str, count: int, like: Tensor) -> Tensor:
+    """(rows, count) float32 on the device of `like`: how a predictor sums up what it keeps.
 
-    `slot` is the newest value of the site's first stream. See `ir.predictors`.
+    `slot` is the newest value of the site's first part. See `ir.predictors`.
     """
-    return frame.weights(slot, like)
+    return frame.weights(slot, count, like)
 
 
 def observe(frame: Frame, signal: str, slot: str, sums: Tensor) -> None:

@@ -191,7 +191,8 @@ def predict(
         else:
             value = graph.call_function(operator.add, (first, base))
     else:
-        weights = graph.call_function(ops.weights, (frame, newest.name, first))
+        count = len(stream.slots) * predictor.history
+        weights = graph.call_function(ops.weights, (frame, newest.name, count, first))
         kept = [
             first if slot is newest
             else graph.call_function(ops.cache_read, (frame, slot.name, first))

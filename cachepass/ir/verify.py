@@ -41,6 +41,14 @@ def verify(gm: fx.GraphModule) -> None:
                 (read if node.target is ops.cache_read else written).add(name)
                 if node.target is ops.cache_write:
                     _check_write(part, node, slots[name].dtype)
+            elif node.target is ops.cache_shift:
+                _, newer, older = node.args
+                for name in (newer, older):
+                    if name not in slots:
+                        raise VerifyError(
+                            f"{node.name}: slot {name!r} is not declared in the layout"
+                        )
+                written.add(older)
             elif node.op == "call_module":
                 _check_operands(node)
                 _check_region(getattr(part, str(node.target)), str(node.target))

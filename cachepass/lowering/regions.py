@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
-from cachepass.ir.boundary import Slot
+from cachepass.ir.boundary import Slot, layout_of
 from cachepass.runtime.denoiser import signature_of
 
 Compiled = Callable[..., Any]
@@ -62,11 +62,11 @@ class RegionCompiler:
 
 def lower(
     gm: fx.GraphModule,
-    slots: dict[str, Slot],
     args: Sequence[Any],
     compiler: RegionCompiler,
 ) -> Callable[..., Any]:
     """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
+    layout = layout_of(gm)
     started = time.perf_counter()
     # Inductor's cache of graphs works under a shape environment only, even an empty one.
     mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -74,7 +74,10 @@ def lower(
         fakes = [
             mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args
         ]
-    lowering = _Lowering(slots, compiler, mode)
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
+    assert layout.latent is not None
+    rows = args[inputs.index(layout.latent)].shape[0]
+    lowering = _Lowering(layout.slots, rows, compiler, mode)
     on_cpu = all(a.device.type == "cpu" for a in args if isinstance(a, Tensor))
     # Triton's kernels are bundled into the cache as soon as a region is done: no waiting there.
     with _one_wait_for_all() if on_cpu else contextlib.nullcontext():
@@ -120,9 +123,9 @@ class _Lowering:
     """Runs a graph on fakes to learn what every region is called with, arms included."""
 
     def __init__(
-        self, slots: dict[str, Slot], compiler: RegionCompiler, mode: FakeTensorMode
+        self, slots: dict[str, Slot], rows: int, compiler: RegionCompiler, mode: FakeTensorMode
     ) -> None:
-        self._slots, self._compiler, self._mode = slots, compiler, mode
+        self._slots, self._rows, self._compiler, self._mode = slots, rows, compiler, mode
         self._kept: dict[str, Tensor] = {}
         self._results: dict[tuple[int, Signature], Any] = {}
 
@@ -190,6 +193,10 @@ class _Lowering:
             with self._mode:
                 slot, like = self._slots[inputs[1]], inputs[2]
                 return torch.empty(like.shape, dtype=slot.dtype, device=like.device)
+        elif node.target is ops.weights:
+            _, _, count, like = inputs
+            with self._mode:
+                return torch.empty(self._rows, count, device=like.device)
         elif node.op == "call_function" and node.target not in ops.FRAME_OPS:
             assert callable(node.target)
             return node.target(*inputs)  # an item of a tuple

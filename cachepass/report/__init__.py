@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from cachepass.runtime.denoiser import Denoiser
@@ -21,6 +22,9 @@ class Report:
         return self.data
 
     def __str__(self) -> str:
+        parts = self.data.get("denoisers")
+        if parts is not None:
+            return "\n\n".join(f"{name}: {Report(data)}" for name, data in parts.items())
         lines = [f"policy {self.data['policy']}"]
         for name, blocks in self.data["stacks"].items():
             lines.append(f"stack {name}: {blocks} blocks")
@@ -46,6 +50,23 @@ class Report:
             f"{compiles['seconds']:.1f} s"
         )
         return "\n".join(lines)
+
+
+def merged(reports: Mapping[str, Report]) -> Report:
+    """One report of a pipeline's denoisers: that of the first, with the requests of all.
+
+    With several, each request says whose it is, and `denoisers` holds their own reports.
+    """
+    first, *others = reports.values()
+    if not others:
+        return first
+    requests = [
+        {"denoiser": name, **request}
+        for name, report in reports.items()
+        for request in report.data["requests"]
+    ]
+    parts = {name: report.data for name, report in reports.items()}
+    return Report({**first.data, "requests": requests, "denoisers": parts})
 
 
 def report_of(

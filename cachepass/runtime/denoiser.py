@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import operator
 import threading
 import warnings
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cachepass.errors import SessionError
-from cachepass.ir.boundary import Layout, layout_of
+from cachepass.errors import PolicyError, SessionError
+from cachepass.ir.boundary import Cfg, Layout, layout_of
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
-from cachepass.runtime.session import ENTERED, Conditioning, History, Session
+from cachepass.runtime.session import ENTERED, Ahead, Conditioning, History, Session
 
 Driver = Callable[..., Any]
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
@@ -31,11 +32,14 @@ class Hint:
     branch: str
     step: int | None = None
     num_steps: int | None = None
+    half: bool = False
+    """Whether the call is one branch's half of a batch: then `branch` is certain."""
 
 
 HINT: contextvars.ContextVar[Hint | None] = contextvars.ContextVar("cachepass_hint", default=None)
 
 _KEEP_REQUESTS = 16
+_SURELY_GUIDED = 2  # at this step a second branch was seen, if there is one
 _USUAL_BRANCHES = 2  # calls in a step; with more, it is worth a look at the timestep
 _VERSION = operator.attrgetter("_version")
 
@@ -64,6 +68,7 @@ class Denoiser:
         self.programs: list[Program] = []
         self.requests: list[History] = []
         self.lock = threading.RLock()
+        self.skips_uncond = any(isinstance(site, Cfg) for site in policy.sites)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._request: Session | None = None
         self._request_step: int | None = None
@@ -81,6 +86,11 @@ class Denoiser:
             self._sessions.add(session)
             self.requests = [*self.requests[1 - _KEEP_REQUESTS :], session.history]
         return session
+
+    @property
+    def request(self) -> Session | None:
+        """The session of the latest call that no entered session claimed."""
+        return self._request
 
     def begin_request(self, num_steps: int) -> None:
         """A scheduler was set to this many steps: what follows is a new request."""
@@ -122,6 +132,8 @@ class Denoiser:
         if entered is not None:
             session: Session | None = entered.session
             step, branch = entered.step, entered.branch
+            if hint is not None and hint.half:
+                branch = hint.branch
         else:
             session, step, branch = self._request, self._request_step, None
         if hint is not None:
@@ -166,6 +178,16 @@ class Denoiser:
                     "cachepass.compile? Then cachepass.restore(pipe), and compile it again"
                 )
 
+    def _check_guidance(self, session: Session) -> None:
+        """Say that there is nothing to skip where a model is called once per step."""
+        text = (
+            "site 'cfg' has nothing to skip: the model is called once per step, so guidance is "
+            "distilled or off, or its branches lie in one batch (then say guidance='concat')"
+        )
+        if all(isinstance(site, Cfg) for site in self.policy.sites):
+            raise PolicyError(f"policy {self.policy.name!r}: {text}, or choose a policy of blocks")
+        session.note(text)
+
     def open(self, program: Program, args: Sequence[Any]) -> Frame:
         """The frame of a call that is about to run."""
         layout = program.layout
@@ -181,6 +203,8 @@ class Denoiser:
                 id(program), latent.shape, latent.dtype, latent.device, session.weights,
             )  # fmt: skip
             first = session.begin(step, branch, signature)
+            if self.skips_uncond and step == _SURELY_GUIDED and session.branches == [branch]:
+                self._check_guidance(session)
         return Frame(
             session,
             self.policy,
@@ -191,7 +215,15 @@ class Denoiser:
             rows=latent.shape[0],
             first_call=first,
             time=time,
+            call_cond=functools.partial(program.call_cond, args=args),
         )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two inputs are equal; the same memory without a look at it."""
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
 def signature_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -232,16 +264,51 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         """One denoising call; an exception drops the session's slots."""
         frame = self.denoiser.open(self, args)
-        try:
-            result = self._driver(args)(frame, *args)
-        except BaseException:
-            frame.session.drop()
-            raise
-        frame.session.record(frame.record())
         session = frame.session
+        try:
+            result = self._made_ahead(frame, args)
+            if result is None:
+                result = self._driver(args)(frame, *args)
+                session.record(frame.record())
+        except BaseException:
+            session.drop()
+            raise
+        if frame.branch == "cond":
+            session.conditional = tuple(args[i] for i in self.conditioning)
         if frame.step + 1 == session.num_steps and session.all_branches_called:
             self.denoiser.warn_if_useless(session.history)
         return result
+
+    # Where the unconditional call comes first and is to be skipped, it stands on the
+    # conditional output of its step, which is not there yet. What the conditional call
+    # will be given is known but for the text, and that is what it was a step ago.
+
+    def call_cond(self, uncond: Frame, *, args: Sequence[Any]) -> None:
+        """Make a step's conditional call before its turn, with the text of the step before."""
+        session, given = uncond.session, list(args)
+        assert session.conditional is not None
+        for i, tensor in zip(self.conditioning, session.conditional, strict=True):
+            given[i] = tensor
+        frame = uncond.of_branch("cond")
+        output = self._driver(given)(frame, *given)
+        inputs = tuple(given[i] for i in self._arguments)
+        session.ahead = Ahead(frame.step, inputs, output, frame.record())
+
+    def _made_ahead(self, frame: Frame, args: Sequence[Any]) -> Any:
+        """The output of this call, if it was made before its turn with the same inputs."""
+        session = frame.session
+        ahead, session.ahead = session.ahead, session.ahead if frame.branch != "cond" else None
+        if ahead is None or frame.branch != "cond" or ahead.step != frame.step:
+            return None
+        pairs = zip(ahead.inputs, (args[i] for i in self._arguments), strict=True)
+        if not all(_same(a, b) for a, b in pairs):
+            session.note(
+                "the conditional call was made ahead of its turn, for the unconditional one to "
+                "stand on, and its inputs turned out to be others: it was computed again"
+            )
+            return None
+        session.record(ahead.record)
+        return ahead.output
 
     def _driver(self, args: Sequence[Any]) -> Driver:
         key = signature_of([args[i] for i in self._arguments])

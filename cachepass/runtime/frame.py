@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,16 +33,24 @@ class Frame:
         rows: int,
         first_call: bool,
         time: Tensor | None,
+        call_cond: Callable[[Frame], None] | None = None,
     ) -> None:
         self.session, self.policy, self.sites, self.layout = session, policy, sites, layout
         self.step, self.branch, self.rows = step, branch, rows
         self.first_call = first_call
-        self._time = time
+        self._time, self._call_cond = time, call_cond
         self._weights: dict[str, Tensor] = {}
         self.reused: list[frozenset[str]] = [COMPUTE] * rows
         self.full = [True] * rows
         self._active = [True] * rows
         self._writing = [True] * rows
+
+    def of_branch(self, branch: str) -> Frame:
+        """A frame of another call of the same step."""
+        return Frame(
+            self.session, self.policy, self.sites, self.layout,
+            step=self.step, branch=branch, rows=self.rows, first_call=False, time=self._time,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------ slots
 
@@ -84,23 +92,23 @@ class Frame:
             new = Kept(value, tuple(steps))
         self.session.slots[key] = new
 
-    def weights(self, slot: str, like: Tensor) -> Tensor:
+    def weights(self, slot: str, count: int, like: Tensor) -> Tensor:
         """See `ir.ops.weights`."""
         newest = self.layout.slots[slot]
         assert newest.site is not None
         if newest.site not in self._weights:  # many sublayers may share them
-            rows = [self._row_weights(newest, row) for row in range(self.rows)]
+            rows = [self._row_weights(newest, count, row) for row in range(self.rows)]
             self._weights[newest.site] = torch.tensor(rows, dtype=torch.float32)
         return self._weights[newest.site].to(like.device)
 
-    def _row_weights(self, newest: Slot, row: int) -> tuple[float, ...]:
+    def _row_weights(self, newest: Slot, count: int, row: int) -> tuple[float, ...]:
         session, predictor = self.session, self.sites[newest.site or ""].stand_in
         names = [newest.name, *(f"{newest.name}.{age}" for age in range(1, predictor.history))]
         steps = (session.written(self.layout.slots[n], self.branch, row) for n in names)
         kept = tuple(step for step in steps if step is not None)
-        total = predictor.history * len(predictor.parts)
+        newest_alone = (1.0,) + (0.0,) * (count - 1)
         if not kept or kept[0] == self.step:  # a row that is not reused: any finite numbers do
-            return (1.0,) + (0.0,) * (total - 1)
+            return newest_alone
         moment = Moment(
             step=self.step,
             kept=kept,
@@ -111,7 +119,7 @@ class Frame:
                 if measure.second is not None
             },
         )
-        return predictor.weights(moment) or (1.0,) + (0.0,) * (total - 1)
+        return predictor.weights(moment) or newest_alone
 
     # ---------------------------------------------------------------------- signals
 
@@ -221,6 +229,9 @@ class Frame:
         wants = [site in self.reused[r] for r in range(self.rows) if self._active[r]]
         if not any(wants):
             return compute(self, *operands)
+        if isinstance(self.sites[site], Cfg) and "cond" not in self.session.branches_in_step:
+            assert self._call_cond is not None  # else the site was not warm
+            self._call_cond(self)
         if all(wants):
             return reuse(self, *operands)
         outer = self._active
@@ -243,13 +254,18 @@ class Frame:
             runs = self.branch == "cond"
         else:
             runs = any(refreshed)
+            there = self.session.branches_in_step
             if when is When.UNCOND_FULL:
-                runs = runs and self.branch == "uncond" and "cond" in self.session.branches_in_step
+                runs = runs and self.branch == "uncond" and "cond" in there
+            elif when is When.UNCOND_FIRST:
+                runs = runs and self.branch == "uncond" and "cond" not in there
+            elif when is When.COND_FULL:
+                runs = runs and self.branch == "cond" and "uncond" in there
             elif when is When.FIRST_FULL:
                 runs = runs and self.first_call
         if not runs:
             return
-        if when in (When.FULL, When.UNCOND_FULL, When.FIRST_FULL):
+        if when not in (When.FIRST_CALL, When.COND):
             self._writing = refreshed
         arm(self, *operands)
         self._writing = [True] * self.rows

@@ -86,6 +86,9 @@ class Session:
         self.timesteps: dict[int, list[float]] = {}
         """Of each step so far, per row; kept for policies that look at them."""
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
+        self.conditional: tuple[Tensor, ...] | None = None
+        """What told the last conditional call from the unconditional one: its text."""
+        self.ahead: Ahead | None = None
         self.signature: object = None
         self.weights: object = None
         self.step = -1
@@ -173,7 +176,7 @@ class Session:
         self.signals.clear()
         self.states.clear()
         self.timesteps.clear()
-        self.shared_choice = None
+        self.shared_choice = self.conditional = self.ahead = None
         self.signature = None
         self.step, self.branches_in_step, self.branches = -1, [], []
 
@@ -190,19 +193,20 @@ class Session:
 
     def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether a call of a branch could reuse a site for a row now."""
-        if isinstance(site, Cfg) and branch != "uncond":
+        if isinstance(site, Cfg) and (branch != "uncond" or not self._knows_cond()):
             return False
-        return self._holds(site, layout, branch, row) and all(
-            self.written(slot, branch, row) == self.step
-            for slot in layout.slots.values()
-            if slot.site == site.name and slot.within_step
-        )
+        return self._holds(site, layout, branch, row)
+
+    def _knows_cond(self) -> bool:
+        """Whether this step's conditional output is there, or can be had before its call."""
+        return "cond" in self.branches_in_step or self.conditional is not None
 
     def could_reuse(self, site: Site, layout: Layout, row: int) -> bool:
         """Whether a decision for the whole step may name the site."""
         if isinstance(site, Cfg):
             cond_first = not self.branches or self.branches[0] == "cond"
-            return cond_first and self._holds(site, layout, "uncond", row)
+            known = cond_first or self.conditional is not None
+            return known and self._holds(site, layout, "uncond", row)
         return all(self.is_warm(site, layout, branch, row) for branch in self.branches)
 
     def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
@@ -230,6 +234,16 @@ class Session:
         """Bytes held by the slots now; a value that has moved to an older slot counts once."""
         held = {id(k.value): k.value.numel() * k.value.element_size() for k in self.slots.values()}
         return sum(held.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ahead:
+    """A conditional call that was made before its turn, for an unconditional one to stand on."""
+
+    step: int
+    inputs: tuple[Tensor, ...]
+    output: Any
+    record: CallRecord
 
 
 @dataclasses.dataclass(slots=True)

@@ -12,11 +12,18 @@ from tests.models import WAN
 from tests.reference import (
     MIXCACHE,
     AdaCacheRule,
+    DBCacheRule,
+    DiCacheRule,
+    EasyCacheRule,
+    FasterCacheRule,
     FirstBlockRule,
+    MagCacheRule,
     MixCacheRule,
+    PABRule,
     Reference,
     Rule,
     ScheduleRule,
+    TaylorSeerRule,
     TeaCacheRule,
 )
 from tests.requests import BOTH, assert_follows, caller, decisions, denoise, plain
@@ -134,3 +141,51 @@ def test_mixcache_without_guidance(options: dict[str, Any]) -> None:
     chosen = MIXCACHE | options
     reference = check(cachepass.MixCache(**chosen), MixCacheRule(**chosen), branches=("cond",))
     assert not any("cfg" in names for _, _, names in reference.decisions)
+
+
+def test_dbcache() -> None:
+    policy = cachepass.DBCache(
+        front=2, back=1, threshold=0.15, warmup_steps=2, max_in_a_row=2, max_in_all=5
+    )
+    check(policy, DBCacheRule(0.15, 2, 2, 5))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_taylorseer(order: int) -> None:
+    policy = cachepass.TaylorSeer(interval=3, order=order, warmup_steps=3)
+    check(policy, TaylorSeerRule(3, order, 3))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_magcache(apart: bool) -> None:
+    cond = [1 + 0.05 * (-1) ** i * (i % 4) for i in range(STEPS)]
+    uncond = [1 - 0.02 * (i % 5) for i in range(STEPS)] if apart else cond
+    policy = cachepass.MagCache(
+        ratios=tuple(cond),
+        uncond_ratios=tuple(uncond) if apart else (),
+        threshold=0.2,
+        max_in_a_row=2,
+        site="stack",
+    )
+    check(policy, MagCacheRule({"cond": cond, "uncond": uncond}, 0.2, 2, 0.2))
+
+
+@pytest.mark.parametrize("branches", [BOTH, ("cond",)])
+def test_easycache(branches: tuple[str, ...]) -> None:
+    policy = cachepass.EasyCache(threshold=0.3, warmup_steps=3)
+    check(policy, EasyCacheRule(0.3, 3), branches=branches)
+
+
+def test_dicache() -> None:
+    policy = cachepass.DiCache(threshold=0.3, warmup_steps=3)
+    check(policy, DiCacheRule(0.3, 3, (1.0, 2.0)))
+
+
+def test_pab() -> None:
+    policy = cachepass.PAB(self_attention=2, cross=3, timesteps=(100, 850))
+    check(policy, PABRule({"self": 2, "cross": 3}, (100, 850)))
+
+
+def test_fastercache() -> None:
+    policy = cachepass.FasterCache(start=4, cfg_period=3)
+    check(policy, FasterCacheRule(4, 3, 1.1))

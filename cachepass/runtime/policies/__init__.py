@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from cachepass.errors import PolicyError
@@ -16,11 +18,13 @@ from cachepass.runtime.policies.fixed import Compute as Compute, Schedule as Sch
 from cachepass.runtime.policies.magcache import MagCache as MagCache
 from cachepass.runtime.policies.mixcache import MixCache as MixCache
 from cachepass.runtime.policies.pab import PAB as PAB
+from cachepass.runtime.policies.profile import Profile as Profile
+from cachepass.runtime.policies.srdiffusion import SRDiffusion as SRDiffusion
 from cachepass.runtime.policies.taylorseer import TaylorSeer as TaylorSeer
 from cachepass.runtime.policies.teacache import TeaCache as TeaCache
 from cachepass.runtime.policy import NamedPolicy, Policy
 
-AnyPolicy = Policy | NamedPolicy
+AnyPolicy = Policy | NamedPolicy | Profile
 
 _ALL: tuple[type[NamedPolicy], ...] = (
     Compute, Schedule, MixCache, AdaCache, FirstBlock, TeaCache, DBCache, TaylorSeer, MagCache,
@@ -33,23 +37,46 @@ def policies() -> dict[str, type[NamedPolicy]]:
     return {kind.name: kind for kind in _ALL}
 
 
-def resolve(policy: str | AnyPolicy, options: dict[str, Any] | None = None) -> AnyPolicy:
-    """A policy object from a name with options, or the object itself.
+def resolve(
+    policy: str | os.PathLike[str] | AnyPolicy,
+    options: Mapping[str, Any] | None = None,
+    *,
+    scheduler: object = None,
+) -> AnyPolicy:
+    """A policy object from a name with options, or the object itself; a profile, or its path.
+
+    Options beside a profile take the place of its fields. `scheduler` is what a profile's own is
+    compared with.
 
     Raises:
-        PolicyError: lists the valid names or options.
+        PolicyError: lists the valid names or options, or says what is wrong with a profile.
     """
+    if isinstance(policy, os.PathLike) or (isinstance(policy, str) and policy.endswith(".json")):
+        policy = Profile.load(policy)
+    if isinstance(policy, Profile):
+        fields = {**policy.fields, **(options or {})}
+        named(policy.policy, fields)  # they are checked now
+        return dataclasses.replace(policy, fields=fields).beside(scheduler)
     if isinstance(policy, (Policy, NamedPolicy)):
         if options:
             raise PolicyError(
                 f"options {sorted(options)} were given beside a policy object: set them there"
             )
         return policy
-    known = policies()
     if isinstance(policy, type) and issubclass(policy, (Policy, NamedPolicy)):
         raise PolicyError(
             f"`policy` is the class {policy.__name__}: did you mean {policy.__name__}()?"
         )
+    return named(policy, options)
+
+
+def named(policy: str, options: Mapping[str, Any] | None = None) -> NamedPolicy:
+    """A policy by its name, with options.
+
+    Raises:
+        PolicyError: lists the valid names or options.
+    """
+    known = policies()
     if not isinstance(policy, str) or policy not in known:
         raise PolicyError(f"unknown policy {policy!r}: choose one of {', '.join(sorted(known))}")
     kind = known[policy]
@@ -64,8 +91,21 @@ def resolve(policy: str | AnyPolicy, options: dict[str, Any] | None = None) -> A
 
 
 def for_model(policy: AnyPolicy, model: object) -> Policy:
-    """The combination that a policy stands for, with published numbers of this model."""
+    """The combination that a policy stands for, with published numbers of this model.
+
+    Raises:
+        PolicyError: a profile was measured on another model, or no numbers fit this one.
+    """
     if isinstance(policy, Policy):
         return policy
-    config = getattr(model, "config", None)
-    return policy.combine(config if isinstance(config, dict) else {})
+    given = getattr(model, "config", None)
+    config = given if isinstance(given, dict) else {}
+    if isinstance(policy, NamedPolicy):
+        return policy.combine(config)
+    notes = policy.notes
+    if model is not None:
+        policy.check_model(model)
+    else:
+        notes += (f"profile of {policy.model['class']}: whether this is it cannot be told here",)
+    combined = named(policy.policy, policy.fields).combine(config)
+    return dataclasses.replace(combined, notes=(*combined.notes, *notes))

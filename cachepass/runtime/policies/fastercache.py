@@ -51,7 +51,7 @@ class FasterCache(NamedPolicy):
             name=self.name,
             sites=(
                 Sublayers(
-                    name="attention",
+                    name="self-attention",
                     kinds=_SELF,
                     predictor=Extrapolate(weight=self.attention_weight),
                 ),
@@ -59,7 +59,7 @@ class FasterCache(NamedPolicy):
             ),
             trigger=PerSite(
                 triggers={
-                    "attention": Windowed(
+                    "self-attention": Windowed(
                         trigger=Periodic(period=self.attention_period, absolute=True),
                         timesteps=self.attention_timesteps,
                         start=self.start,

@@ -32,6 +32,8 @@ from cachepass.ir.boundary import (
     Kind as Kind,
     LatentChange as LatentChange,
     OutputChange as OutputChange,
+    Signal as Signal,
+    Site as Site,
     SublayerChange as SublayerChange,
     Sublayers as Sublayers,
     TimestepChange as TimestepChange,
@@ -44,6 +46,7 @@ from cachepass.ir.predictors import (
     RESIDUAL as RESIDUAL,
     Extrapolate as Extrapolate,
     FrequencySplit as FrequencySplit,
+    Moment as Moment,
     Predictor as Predictor,
     Reuse as Reuse,
     Taylor as Taylor,
@@ -71,6 +74,8 @@ from cachepass.runtime.policies import (
 )
 from cachepass.runtime.policy import (
     COMPUTE as COMPUTE,
+    Config as Config,
+    Decision as Decision,
     Facts as Facts,
     Measure as Measure,
     NamedPolicy as NamedPolicy,

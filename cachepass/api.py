@@ -81,6 +81,11 @@ def compile(
     scheduler = getattr(model, "scheduler", None)
 
     def wrap(module: nn.Module, chosen: Any, folder: str | os.PathLike[str] | None) -> CachedModule:
+        if isinstance(module, OptimizedModule):
+            raise CachePassError(
+                "the model is compiled already: give cachepass the plain module "
+                "(`model._orig_mod`), it calls Inductor itself"
+            )
         return CachedModule(
             module,
             policy=resolve(chosen, options, scheduler=scheduler),
@@ -100,11 +105,6 @@ def compile(
             )
         return pipelines.attach(model, _relay(policy, wrap, folder))
     if isinstance(model, nn.Module):
-        if isinstance(model, OptimizedModule):
-            raise CachePassError(
-                "the model is compiled already: give cachepass the plain module "
-                "(`model._orig_mod`), it calls Inductor itself"
-            )
         return wrap(model, policy, folder)  # type: ignore[return-value]
     return pipelines.attach(
         model,

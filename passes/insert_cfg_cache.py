@@ -12,7 +12,7 @@ from cachepass.errors import PolicyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Cfg, Signal, Site, Slot, change_at, layout_of
 from cachepass.ir.graph import BuildArm, add_guard, call_nodes, insert_conditional, outputs_of
-from cachepass.ir.skippable import declare, keep, predict
+from cachepass.ir.skippable import declare, keep, kept_before, predict
 from cachepass.pass_manager import PassResult
 
 Nodes = dict[fx.Node, fx.Node]
@@ -75,6 +75,7 @@ class InsertCfgCache:
 
             def keep_difference(other: Slot) -> BuildArm:
                 def build(inner: fx.Graph, inner_frame: fx.Node, inside: Nodes) -> list[fx.Node]:
+                    old = kept_before(inner, inner_frame, delta, inside[out]) if measured else None
                     pair = {cond: inside[out], uncond: inside[out]}
                     pair[other] = inner.call_function(ops.cache_read, (inner_frame, other.name))
                     value = (
@@ -82,7 +83,7 @@ class InsertCfgCache:
                         if relative
                         else inner.call_function(ops.clone, (pair[uncond],))
                     )
-                    keep(inner, inner_frame, site.stand_in, delta, value, measured)
+                    keep(inner, inner_frame, site.stand_in, delta, value, measured, old)
                     return []
 
                 return build

@@ -31,8 +31,8 @@ from cachepass.ir.skippable import latent_of
 from cachepass.pass_manager import PassResult
 
 Nodes = dict[fx.Node, fx.Node]
-Late = tuple[Sequence[Slot], fx.Node, ops.When | None]
-"""What is written after the decision: slots, value, and under which condition (None: always)."""
+Late = tuple[Sequence[Slot], fx.Node]
+"""What is written at full calls, after the decision: slots and value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,13 @@ class InsertSignals:
             at = _block_nodes(graph, layout, last - 1)[-1]
         for signal in self.signals:
             if isinstance(signal, BlockChange):
-                at, keep = _measure_blocks(gm, frame, layout, signal, at)
-                late.append(keep)
+                at, slots, value = _measure_blocks(gm, frame, layout, signal, at)
+                if signal.against is Against.FULL:
+                    late.append((slots, value))
         with graph.inserting_after(at):
             at = graph.call_function(ops.decide, (frame,))
-        for slots, value, when in late:
-            at = _write_later(gm, frame, at, slots, value, when)
+        for slots, value in late:
+            at = _write_when_full(gm, frame, at, slots, value)
         for signal in self.signals:
             if isinstance(signal, SublayerChange):
                 _measure_sublayer(gm, frame, layout, signal)
@@ -195,8 +196,8 @@ def _measure_timestep(
 
 def _measure_blocks(
     gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: BlockChange, at: fx.Node
-) -> tuple[fx.Node, Late]:
-    """Measure before the decision; what is to be kept is written after it."""
+) -> tuple[fx.Node, Sequence[Slot], fx.Node]:
+    """Measure before the decision. What the next call is compared with is kept at once."""
     graph = gm.graph
     first = _block_nodes(graph, layout, 0)
     nodes = first if signal.blocks == 1 else _block_nodes(graph, layout, signal.blocks - 1)
@@ -219,15 +220,16 @@ def _measure_blocks(
         measure = ops.trend_sums if signal.trend else ops.l1_sums
         sums = graph.call_function(measure, (value, *read))
     with graph.inserting_after(sums):
-        observed = graph.call_function(ops.observe, (frame, signal.name, slots[0].name, sums))
-    when = ops.When.FULL if signal.against is Against.FULL else None
-    return observed, (slots, value, when)
+        last = graph.call_function(ops.observe, (frame, signal.name, slots[0].name, sums))
+    if signal.against is Against.STEP:
+        with graph.inserting_after(last):
+            last = graph.call_function(ops.cache_write, (frame, slots[0].name, value))
+    return last, slots, value
 
 
-def _write_later(
-    gm: fx.GraphModule, frame: fx.Node, at: fx.Node, slots: Sequence[Slot], value: fx.Node,
-    when: ops.When | None,
-) -> fx.Node:  # fmt: skip
+def _write_when_full(
+    gm: fx.GraphModule, frame: fx.Node, at: fx.Node, slots: Sequence[Slot], value: fx.Node
+) -> fx.Node:
     def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
         mapping[value].meta["owned"] = True
         for older in slots[1:]:
@@ -236,9 +238,7 @@ def _write_later(
         return ()
 
     with gm.graph.inserting_after(at):
-        if when is None:
-            return gm.graph.call_function(ops.cache_write, (frame, slots[0].name, value))
-        return add_guard(gm.graph, frame, when, (value,), arm, owner=gm)
+        return add_guard(gm.graph, frame, ops.When.FULL, (value,), arm, owner=gm)
 
 
 def _measure_sublayer(

@@ -82,6 +82,10 @@ class Reference:
         self.decisions: list[tuple[int, str, list[str]]] = []
         self.branches: list[str] = []
         self.step = -1
+        self.texts: dict[str, Tensor] = {}
+        self.unconditional: Tensor | None = None
+        self.ahead: Tensor | None = None
+        self.ahead_reused: list[str] = []
         self.now = torch.empty(0)
         self.time = 0.0
         self.timestep_embedding: Tensor | None = None
@@ -93,10 +97,14 @@ class Reference:
     @torch.no_grad()
     def call(self, step: int, branch: str, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
         model, rule = self.model, self.rule
+        if branch == "cond" and self.ahead is not None:  # was made for the unconditional call
+            out, self.ahead = self.ahead, None
+            self.decisions.append((step, branch, self.ahead_reused))
+            return out
         first = step != self.step
         self.now, self.time = latent, float(time[0])
         if first:
-            self.step, self.conditional = step, None
+            self.step, self.conditional, self.unconditional = step, None, None
             self._observe("latent", "", latent, step)
         if branch not in self.branches:
             self.branches.append(branch)
@@ -115,10 +123,17 @@ class Reference:
             self._change("probe", branch, probe, step)
         if first or not rule.shared:
             self.choice = rule.decide(self, step, branch)
-        asked = self.choice
+        asked, self.texts[branch] = self.choice, text
         reused = {name for name in asked if self.warm(name, branch)}
         full = not reused and not ("cfg" in asked and branch != "uncond")
         self.decisions.append((step, branch, sorted(reused)))
+        if "cfg" in reused and self.conditional is None:  # one step's conditional call, ahead of it
+            mine = self.arguments
+            self.decisions.pop()
+            self.conditional = self.call(step, "cond", latent, time, self.texts["cond"])
+            self.ahead, self.arguments = self.conditional, mine
+            _, _, self.ahead_reused = self.decisions.pop()
+            self.decisions.append((step, branch, sorted(reused)))
         out = self._body(h, start, temb, latent, branch, reused, full, step)
         if full:
             if rule.probe:
@@ -144,7 +159,11 @@ class Reference:
                 self._observe(whole, branch, out, step)
         if branch == "cond":
             self.conditional = out.clone()
-        elif (full or self.rule.independent) and self.conditional is not None:
+            if full and self.unconditional is not None:
+                self._observe("cfg", "", self.unconditional - out, step)
+        elif self.conditional is None:
+            self.unconditional = out.clone()
+        elif full or self.rule.independent:
             delta = out - self.conditional
             self._observe("cfg", "", delta, step)
         return out
@@ -212,7 +231,8 @@ class Reference:
     def warm(self, name: str, branch: str) -> bool:
         """Whether a site has what it takes to be reused at this call."""
         if name == "cfg":
-            ready = self.conditional is not None and ("cfg", "") in self.kept
+            known = self.conditional is not None or "cond" in self.texts
+            ready = known and ("cfg", "") in self.kept
             return branch == "uncond" and ready
         if name == "mlp" or name.endswith("attention"):
             kind = name.rpartition("-")[2]
@@ -576,7 +596,7 @@ class FasterCacheRule(Rule):
 MIXCACHE: dict[str, Any] = {
     "interval": (2, 5), "start_interval": 3, "trigger": 0.06, "warmup": 0.1,
     "latest_start": 0.3, "shorten": 0.15, "lengthen": 0.05, "repeat_penalty": 5.0,
-    "influence": (0.3, 0.3, 1.0),
+    "influence": (0.3, 0.3, 1.0), "predictor": None,
 }  # fmt: skip
 """Numbers under which a short request has runs of every granularity; not the defaults."""
 
@@ -590,7 +610,7 @@ class MixCacheRule(Rule):
     def __init__(
         self, *, interval: tuple[int, int], start_interval: int, trigger: float, warmup: float,
         latest_start: float, shorten: float, lengthen: float, repeat_penalty: float,
-        influence: tuple[float, float, float], middle: tuple[int, int] = (1, 3),
+        influence: tuple[float, float, float], predictor: None, middle: tuple[int, int] = (1, 3),
     ) -> None:  # fmt: skip
         self.bounds, self.interval = interval, start_interval
         self.trigger, self.warmup, self.latest_start = trigger, warmup, latest_start

@@ -183,6 +183,15 @@ class BlockChange(Signal):
     trend: bool = False
     """Only against full calls."""
 
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise PolicyError(f"BlockChange(`blocks`={self.blocks!r}): must be at least 1")
+        if self.trend and self.against is not Against.FULL:
+            raise PolicyError(
+                f"BlockChange(`trend`=True, `against`={self.against.value!r}): a trend is taken "
+                "against full calls, `against`=Against.FULL"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SublayerChange(Signal):

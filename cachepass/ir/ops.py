@@ -34,10 +34,10 @@ class When(enum.StrEnum):
     """As FULL, on the unconditional branch, with this step's conditional output at hand."""
 
     UNCOND_FIRST = "uncond-first"
-    """As FULL, on the unconditional branch, before this step's conditional call."""
+    """The call belongs to the unconditional branch and comes before this step's conditional one."""
 
     COND_FULL = "cond-full"
-    """As FULL, on the conditional branch, with this step's unconditional output at hand."""
+    """As FULL, on the conditional branch, after an unconditional call that was not skipped."""
 
     FIRST_CALL = "first-call"
     """The call is the first of its step."""

@@ -49,6 +49,12 @@ class Predictor(abc.ABC):
     enters (of `cfg`: less the conditional output)."""
 
     needs_timestep: ClassVar[bool] = False
+    needs_signal: ClassVar[bool] = False
+    """Whether the trigger has to measure the signal that the field `signal` names."""
+
+    on_images: ClassVar[bool] = False
+    """Whether values have to end in (height, width), as the outputs of a call do."""
+
     parts: ClassVar[tuple[str, ...]] = ("",)
     """Names of what a value is split into; each has slots and weights of its own."""
 
@@ -62,6 +68,11 @@ class Predictor(abc.ABC):
     def history(self) -> int:
         """How many values are kept."""
         return 1
+
+    @property
+    def weighted(self) -> bool:
+        """Whether `weights` is asked; without, the newest value stands in as it is."""
+        return True
 
     def split(self, value: Tensor) -> tuple[Tensor, ...]:
         """A value in its parts. Traced into the graph."""
@@ -78,6 +89,10 @@ class Predictor(abc.ABC):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reuse(Predictor):
     """The value of the last computed call, unchanged."""
+
+    @property
+    def weighted(self) -> bool:
+        return False
 
     def weights(self, moment: Moment) -> None:
         return None
@@ -116,9 +131,11 @@ class Taylor(Predictor):
     def history(self) -> int:
         return self.order + 1
 
-    def weights(self, moment: Moment) -> tuple[float, ...] | None:
-        if self.order == 0:
-            return None
+    @property
+    def weighted(self) -> bool:
+        return self.order > 0
+
+    def weights(self, moment: Moment) -> tuple[float, ...]:
         count, elapsed = len(moment.kept), moment.step - moment.kept[0]
         # Row i of `differences` holds d_order as it was at kept value i, by kept values.
         differences = [[float(i == j) for j in range(count)] for i in range(count)]
@@ -170,6 +187,8 @@ class TwoAnchor(Predictor):
     signal: str = "trend"
     """The name of the probe."""
 
+    needs_signal: ClassVar[bool] = True
+
     @property
     def history(self) -> int:
         return 2
@@ -202,6 +221,7 @@ class FrequencySplit(Predictor):
     """Timesteps between which the high band grows [code]."""
 
     needs_timestep: ClassVar[bool] = True
+    on_images: ClassVar[bool] = True
     parts: ClassVar[tuple[str, ...]] = ("low", "high")
 
     def split(self, value: Tensor) -> tuple[Tensor, ...]:

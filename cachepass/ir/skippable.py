@@ -122,15 +122,14 @@ def make_skippable(
         def write(inner: fx.Graph, inner_frame: fx.Node, inside: Nodes) -> Sequence[fx.Node]:
             for stream in streams:
                 value = inside[given[stream.output]]
+                compared = measured if stream is main else None
+                old = kept_before(inner, inner_frame, stream, value) if compared else None
                 if values:
                     value.meta["owned"] = True
                 else:
                     own = {n: inside[g] for n, g in given.items()}
                     value = _value(inner, stream, value, own)
-                keep(
-                    inner, inner_frame, site.stand_in, stream, value,
-                    measured if stream is main else None,
-                )  # fmt: skip
+                keep(inner, inner_frame, site.stand_in, stream, value, compared, old)
             return ()
 
         add_guard(graph, frame, ops.When.FULL, list(given.values()), write)
@@ -157,9 +156,14 @@ def _value(graph: fx.Graph, stream: Stream, output: fx.Node, mapping: Nodes) -> 
     return value
 
 
+def kept_before(graph: fx.Graph, frame: fx.Node, stream: Stream, like: fx.Node) -> fx.Node:
+    """What a stream's first part was: read before the new value is made, to fuse with that."""
+    return graph.call_function(ops.cache_read, (frame, stream.slots[0][0].name, like))
+
+
 def keep(
     graph: fx.Graph, frame: fx.Node, predictor: Predictor, stream: Stream, value: fx.Node,
-    measured: CacheChange | None,
+    measured: CacheChange | None, old: fx.Node | None,
 ) -> None:  # fmt: skip
     """Measure a value against what was kept before, then keep it, part by part."""
     parts = [value]
@@ -170,7 +174,6 @@ def keep(
         ]
     for part, ages in zip(parts, stream.slots, strict=True):
         if measured is not None and part is parts[0]:
-            old = graph.call_function(ops.cache_read, (frame, ages[0].name, part))
             sums = graph.call_function(ops.l1_sums, (part, old))
             graph.call_function(ops.observe, (frame, measured.name, ages[0].name, sums))
         for newer, older in reversed(list(itertools.pairwise(ages))):
@@ -185,7 +188,7 @@ def predict(
     newest = stream.slots[0][0]
     first = graph.call_function(ops.cache_read, (frame, newest.name))
     first.meta["example_value"] = stream.output.meta["example_value"]
-    if len(stream.slots) == predictor.history == 1:
+    if not predictor.weighted:
         if base is None:
             value = graph.call_function(ops.clone, (first,))
         else:

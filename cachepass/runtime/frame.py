@@ -175,7 +175,11 @@ class Frame:
             )
         if policy.needs_timestep and self._time is not None:
             times = self._time.flatten().tolist()
-            session.timesteps[self.step] = [times[min(r, len(times) - 1)] for r in range(self.rows)]
+            if not session.timesteps:  # some models are given 1 to 0
+                session.time_scale = 1000.0 if max(times) <= 1 else 1.0
+            session.timesteps[self.step] = [
+                session.time_scale * times[min(row, len(times) - 1)] for row in range(self.rows)
+            ]
         shared = session.shared_choice
         if policy.trigger.shared_by_branches and shared is not None and shared[0] == self.step:
             choices = shared[1]
@@ -229,9 +233,11 @@ class Frame:
         wants = [site in self.reused[r] for r in range(self.rows) if self._active[r]]
         if not any(wants):
             return compute(self, *operands)
-        if isinstance(self.sites[site], Cfg) and "cond" not in self.session.branches_in_step:
-            assert self._call_cond is not None  # else the site was not warm
-            self._call_cond(self)
+        if isinstance(self.sites[site], Cfg):
+            self.session.skipped_uncond_at = self.step
+            if "cond" not in self.session.branches_in_step:
+                assert self._call_cond is not None  # else the site was not warm
+                self._call_cond(self)
         if all(wants):
             return reuse(self, *operands)
         outer = self._active
@@ -252,20 +258,21 @@ class Frame:
             runs = self.first_call
         elif when is When.COND:
             runs = self.branch == "cond"
+        elif when is When.UNCOND_FIRST:
+            runs = self.branch == "uncond" and "cond" not in self.session.branches_in_step
         else:
             runs = any(refreshed)
             there = self.session.branches_in_step
             if when is When.UNCOND_FULL:
                 runs = runs and self.branch == "uncond" and "cond" in there
-            elif when is When.UNCOND_FIRST:
-                runs = runs and self.branch == "uncond" and "cond" not in there
             elif when is When.COND_FULL:
-                runs = runs and self.branch == "cond" and "uncond" in there
+                skipped = self.session.skipped_uncond_at == self.step
+                runs = runs and self.branch == "cond" and "uncond" in there and not skipped
             elif when is When.FIRST_FULL:
                 runs = runs and self.first_call
         if not runs:
             return
-        if when not in (When.FIRST_CALL, When.COND):
+        if when not in (When.FIRST_CALL, When.COND, When.UNCOND_FIRST):
             self._writing = refreshed
         arm(self, *operands)
         self._writing = [True] * self.rows

@@ -68,7 +68,8 @@ class Facts:
     """The policy's sites."""
 
     timestep: float = math.nan
-    """As the model is given it; NaN unless the trigger `needs_timestep`."""
+    """From 1000 (noise) to 0, also where the model is given 1 to 0; NaN unless the trigger
+    `needs_timestep`."""
 
     @property
     def is_last(self) -> bool:
@@ -102,6 +103,9 @@ class Trigger(abc.ABC):
 
     independent: bool = False
     """Refresh a site whenever it computes, and not only at calls where nothing is reused."""
+
+    names: frozenset[str] = frozenset()
+    """Sites that the rule calls by name; most take those that there are."""
 
     def signals(self) -> tuple[Signal, ...]:
         """What is to be measured."""
@@ -177,9 +181,34 @@ class Policy:
                     f"Policy(`sites`=...): {names.count(name)} sites are called {name!r}; give "
                     "each a `name` of its own"
                 )
+        if sites and (unknown := self.trigger.names - set(names)):
+            raise PolicyError(
+                f"Policy(`trigger`=...): it names {', '.join(sorted(unknown))}, and the sites are "
+                f"{', '.join(names)}"
+            )
+        for kind in (WholeCall, Cfg):
+            if sum(isinstance(site, kind) for site in sites) > 1:
+                raise PolicyError(f"Policy(`sites`=...): a call has one {kind.__name__} site")
         own = [site.predictor or predictor for site in sites]
         sites = [dataclasses.replace(s, predictor=p) for s, p in zip(sites, own, strict=True)]
         object.__setattr__(self, "sites", tuple(sites))
+        for site in sites:
+            self._check_predictor(site)
+
+    def _check_predictor(self, site: Site) -> None:
+        predictor, measured = site.stand_in, {s.name for s in self.trigger.signals()}
+        wanted = predictor.needs_signal and getattr(predictor, "signal", None)
+        if wanted and wanted not in measured:
+            raise PolicyError(
+                f"{predictor!r} needs a signal called {wanted!r}, and the trigger measures "
+                f"{', '.join(sorted(measured)) or 'none'}: add "
+                f"BlockChange(name={wanted!r}, trend=True) to it"
+            )
+        if predictor.on_images and not isinstance(site, (WholeCall, Cfg)):
+            raise PolicyError(
+                f"{type(predictor).__name__} splits images; site {site.name!r} hands on tokens: "
+                "use it for sites 'step' and 'cfg'"
+            )
 
     def signals(self) -> tuple[Signal, ...]:
         """What is to be measured."""

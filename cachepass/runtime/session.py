@@ -85,10 +85,14 @@ class Session:
         self.states: dict[tuple[str | None, int], Any] = {}
         self.timesteps: dict[int, list[float]] = {}
         """Of each step so far, per row; kept for policies that look at them."""
+        self.time_scale = 1.0
         self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
         self.conditional: tuple[Tensor, ...] | None = None
         """What told the last conditional call from the unconditional one: its text."""
         self.ahead: Ahead | None = None
+        self.skipped_uncond_at = -1
+        """The last step at which some row's unconditional output was made up."""
+
         self.signature: object = None
         self.weights: object = None
         self.step = -1

@@ -90,7 +90,10 @@ def test_inductor_follows_the_reference() -> None:
 @pytest.mark.full
 def test_inductor_follows_the_reference_of_firstblock() -> None:
     tail = cachepass.Blocks(name="tail", start=1)
-    _follow(cachepass.FirstBlock(threshold=0.1, warmup_steps=0, site=tail), FirstBlockRule(0.1))
+    _follow(
+        cachepass.FirstBlock(threshold=0.1, warmup_steps=0, site=tail, predictor=None),
+        FirstBlockRule(0.1),
+    )
 
 
 JOINT = ("cogvideox", "flux", "hunyuan", "mochi")

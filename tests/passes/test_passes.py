@@ -146,7 +146,7 @@ def test_a_region_ends_where_a_site_does() -> None:
 
 
 def test_the_text_of_a_block_cache() -> None:
-    policy = cachepass.FirstBlock(site=Blocks(name="tail", start=1))
+    policy = cachepass.FirstBlock(site=Blocks(name="tail", start=1), predictor=None)
     captured = capture()
     gm = captured.run(*captured.pipeline(policy))
     assert captured.matches(policy)

@@ -47,15 +47,16 @@ def test_any_schedule_over_one_graph(table: dict[int, set[str]], branches: tuple
     assert_follows(cached, Reference(model, rule, STEPS), branches=branches)
 
 
-_CACHE: list[tuple[Any, Any, Script]] = []
+_CACHE: dict[object, tuple[Any, Any, Script]] = {}
 
 
-def _scripted() -> tuple[Any, Any, Script]:
+def _scripted(predictor: cachepass.Predictor | None = None) -> tuple[Any, Any, Script]:
     """One model for all examples: capturing is what takes time."""
-    if not _CACHE:
-        model, policy = WAN.model(), Script(places=SITES)
-        _CACHE.append((model, cachepass.compile(model, policy=policy, inner="eager"), policy))
-    return _CACHE[0]
+    if predictor not in _CACHE:
+        model, policy = WAN.model(), Script(places=SITES, predictor=predictor)
+        cached = cachepass.compile(model, policy=policy, inner="eager")
+        _CACHE[predictor] = (model, cached, policy)
+    return _CACHE[predictor]
 
 
 @examples(5)
@@ -78,12 +79,13 @@ CALLS = st.dictionaries(
 )
 
 
+@pytest.mark.parametrize("predictor", [None, cachepass.Taylor(order=2)], ids=["usual", "taylor"])
 @examples(12)
 @given(table=CALLS)
 def test_rows_do_not_depend_on_their_neighbours(
-    table: dict[tuple[int, str, int], set[str]],
+    predictor: cachepass.Predictor | None, table: dict[tuple[int, str, int], set[str]]
 ) -> None:
-    _, cached, policy = _scripted()
+    _, cached, policy = _scripted(predictor)
     policy.begin(table)
     session = cachepass.session(cached, num_inference_steps=STEPS)
     together = denoise(caller(cached, session), steps=STEPS, rows=ROWS)

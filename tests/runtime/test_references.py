@@ -66,7 +66,7 @@ def test_schedule(kind: str) -> None:
 
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_firstblock(branches: tuple[str, ...]) -> None:
-    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2, site=TAIL)
+    policy = cachepass.FirstBlock(threshold=0.1, warmup_steps=2, site=TAIL, predictor=None)
     check(policy, FirstBlockRule(0.1, 2), branches=branches)
 
 
@@ -93,7 +93,7 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.5, 0.3, 0.001)])
 def test_teacache(coefficients: tuple[float, ...]) -> None:
     policy = cachepass.TeaCache(
-        threshold=0.3, coefficients=coefficients, warmup_steps=2, site="stack"
+        threshold=0.3, coefficients=coefficients, warmup_steps=2, site="stack", predictor=None
     )
     check(policy, TeaCacheRule(0.3, coefficients, 2))
 
@@ -104,7 +104,7 @@ BOOK = ((0.05, 4), (0.1, 3), (0.2, 2), (1.0, 1))
 @pytest.mark.parametrize("branches", [BOTH, ("cond",)])
 def test_adacache_without_motion(branches: tuple[str, ...]) -> None:
     check(
-        cachepass.AdaCache(codebook=BOOK, motion=False, site="stack"),
+        cachepass.AdaCache(codebook=BOOK, motion=False, site="stack", predictor=None),
         AdaCacheRule(BOOK, motion=False),
         branches=branches,
     )
@@ -114,7 +114,9 @@ def test_adacache_without_motion(branches: tuple[str, ...]) -> None:
 def test_adacache_with_motion(scale: float) -> None:
     options: dict[str, Any] = {"motion_scale": scale, "motion_power": 2.0, "motion_gradient": 1.5}
     check(
-        cachepass.AdaCache(codebook=BOOK, motion_window=(0.1, 0.9), site="stack", **options),
+        cachepass.AdaCache(
+            codebook=BOOK, motion_window=(0.1, 0.9), site="stack", predictor=None, **options
+        ),
         AdaCacheRule(BOOK, motion=True, scale=scale, power=2.0, gradient=1.5, window=(0.1, 0.9)),
     )
 

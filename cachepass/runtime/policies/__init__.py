@@ -99,7 +99,9 @@ def for_model(policy: AnyPolicy, model: object) -> Policy:
     if isinstance(policy, Policy):
         return policy
     given = getattr(model, "config", None)
-    config = given if isinstance(given, dict) else {}
+    # A model that was not loaded from a file has no class name in its config.
+    own = given if isinstance(given, dict) else {}
+    config = {"_class_name": type(model).__name__, **own}
     if isinstance(policy, NamedPolicy):
         return policy.combine(config)
     notes = policy.notes

@@ -61,8 +61,9 @@ class AdaCache(NamedPolicy):
     """What is skipped: by default the call, whose last output is returned. "stack" is the residual
     of all blocks, as in the paper; the output costs less quality on flow matching [ours]."""
 
-    predictor: Predictor | str | None = None
-    """What stands in; the usual of the site is the last value."""
+    predictor: Predictor | str | None = "taylor"
+    """What stands in: the last value carried on by its last change [ours]; None is the last value
+    as it was, as in the source."""
 
     def combine(self, config: Config = EMPTY) -> Policy:
         """A codebook over the change of one sublayer's residual."""

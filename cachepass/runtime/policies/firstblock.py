@@ -33,8 +33,9 @@ class FirstBlock(NamedPolicy):
     ``Blocks(name="tail", start=1)`` is the residual of the other blocks, as in the sources; the
     output costs less quality on flow matching [ours]."""
 
-    predictor: Predictor | str | None = None
-    """What stands in; the usual of the site is the last value."""
+    predictor: Predictor | str | None = "taylor"
+    """What stands in: the last value carried on by its last change [ours]; None is the last value
+    as it was, as in the source."""
 
     def combine(self, config: Config = EMPTY) -> Policy:
         """`Below` on the first block."""

@@ -53,6 +53,7 @@ class MagCache(NamedPolicy):
     def combine(self, config: Config = EMPTY) -> Policy:
         """`Accumulated` over ratios."""
         ratios, uncond = self.ratios, self.uncond_ratios
+        notes = []
         if ratios is None:
             found = published("magcache", config)
             if found is None:
@@ -62,6 +63,7 @@ class MagCache(NamedPolicy):
                     "policy='magcache') measure them, or give `ratios`"
                 )
             ratios, uncond = tuple(found["ratios"]), tuple(found.get("uncond_ratios", ()))
+            notes.append(f"magcache: published ratios, of {found['source']}")
         estimate = MagnitudeRatio(ratios=ratios, uncond_ratios=uncond)
         return Policy(
             name=self.name,
@@ -72,4 +74,5 @@ class MagCache(NamedPolicy):
                 warmup_steps=self.warmup_steps,
                 max_in_a_row=self.max_in_a_row,
             ),
+            notes=tuple(notes),
         )

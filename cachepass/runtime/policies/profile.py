@@ -50,7 +50,8 @@ class Profile:
     """Library -> version; None where it was not installed."""
 
     measured: Mapping[str, float]
-    """What else was found, for people: `share`, the part of the steps (or blocks) computed."""
+    """What else was found, for people: `share`, the part of the steps (or blocks) computed;
+    `error`, the root mean square error of a fit; by granularity, the change that noise made."""
 
     date: str
     """Day of the calibration, as YYYY-MM-DD."""
@@ -151,7 +152,8 @@ class Profile:
 
     def beside(self, scheduler: object) -> Profile:
         """The same, with notes of what differs from where it was measured, but for the model."""
-        asked = f"{self.prompts} prompts at {self.num_inference_steps} steps"
+        several = "prompts" if self.prompts > 1 else "prompt"
+        asked = f"{self.prompts} {several} at {self.num_inference_steps} steps"
         notes = [f"profile of {asked}: with another number of steps it is a guess"]
         if scheduler is not None:
             differs = differences(self.scheduler, described(scheduler))

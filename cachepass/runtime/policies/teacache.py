@@ -43,14 +43,15 @@ class TeaCache(NamedPolicy):
     text. "stack" is the residual of all blocks, as in its code; the output costs less quality on
     flow matching [ours]."""
 
-    predictor: Predictor | str | None = None
-    """What stands in; the usual of the site is the last value."""
+    predictor: Predictor | str | None = "taylor"
+    """What stands in: the last value carried on by its last change [ours]; None is the last value
+    as it was, as in the source."""
 
     def combine(self, config: Config = EMPTY) -> Policy:
         """`Accumulated` over the timestep embedding."""
         found = published("teacache", config) if self.coefficients is None else None
         coefficients = self.coefficients if found is None else found["coefficients"]
-        notes = []
+        notes = [f"teacache: published polynomial, of {found['source']}"] if found else []
         if coefficients is None:
             coefficients = (1.0, 0.0)
             notes.append(

@@ -55,6 +55,10 @@ class Cheapest(Trigger):
     def __hash__(self) -> int:
         return hash((tuple(self.influence.items()), self.settled, self.interval))
 
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.influence)
+
     def signals(self) -> tuple[Signal, ...]:
         return tuple(CacheChange(name=site, site=site) for site in self.influence)
 

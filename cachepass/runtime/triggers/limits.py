@@ -61,6 +61,10 @@ class Limited(Trigger):
     def independent(self) -> bool:  # type: ignore[override]
         return self.trigger.independent
 
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return self.trigger.names
+
     def signals(self) -> tuple[Signal, ...]:
         return self.trigger.signals()
 
@@ -86,12 +90,20 @@ class Windowed(Trigger):
 
     trigger: Trigger
     timesteps: tuple[float, float]
-    """Open interval, in the units in which the model is given timesteps."""
+    """Open interval, from 0 to 1000; of models that are given less than that, in thousandths."""
 
     start: int | float = 0
     """First step of it: a count, or (a float) a share of all."""
 
     needs_timestep = True
+
+    @property
+    def independent(self) -> bool:  # type: ignore[override]
+        return self.trigger.independent
+
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return self.trigger.names
 
     def __post_init__(self) -> None:
         low, high = self.timesteps
@@ -113,7 +125,8 @@ class Windowed(Trigger):
         inside = low < facts.timestep < high
         if not inside or facts.step < share_of(self.start, facts.num_steps):
             facts = dataclasses.replace(facts, warm=frozenset())
-        return self.trigger.decide(facts, state)
+        choice, state = self.trigger.decide(facts, state)
+        return choice & facts.warm, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +145,10 @@ class PerSite(Trigger):
 
     def __hash__(self) -> int:
         return hash(tuple(self.triggers.items()))
+
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(self.triggers)
 
     @property
     def needs_num_steps(self) -> bool:  # type: ignore[override]

@@ -31,6 +31,10 @@ class AtSteps(Trigger):
     def __hash__(self) -> int:
         return hash(tuple(self.reuse.items()))
 
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(name for names in self.reuse.values() for name in names)
+
     def decide(self, facts: Facts, state: Any) -> Decision:
         return frozenset(self.reuse.get(facts.step, ())), state
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import compile_time, floor, overhead, quality
+from benchmarks import compile_time, floor, overhead, quality, relay
 from benchmarks.figures import Result, keep, table
 from benchmarks.testbed import Progress
 from examples.shapes.progress import StatusLine
@@ -25,6 +25,7 @@ TITLES = {
     "b": "(b) policies against the floor of the blocks they compute",
     "c": "(c) first calls in fresh processes",
     "d": "(d) quality at equal cost",
+    "e": "(e) a small model takes over",
 }
 
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "d": lambda progress: quality.measure(
             options.prompts, options.seeds, options.window, progress
         ),
+        "e": lambda progress: relay.measure(options.prompts, options.seeds, progress),
     }
     status = StatusLine()
     tables = []
@@ -73,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what cachepass costs and gains.",
     )
     add = parser.add_argument
-    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d")
+    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e")
     add("--pairs", type=int, default=15, help="(a, b) rounds; at least 15 for a figure")
     add("--repeats", type=int, default=3, help="(c) fresh processes of each kind")
-    add("--prompts", type=int, default=4, help=f"(d) at most {len(quality.PROMPTS)}")
-    add("--seeds", type=int, default=2, help="(d) videos for each prompt")
+    add("--prompts", type=int, default=4, help=f"(d, e) at most {len(quality.PROMPTS)}")
+    add("--seeds", type=int, default=2, help="(d, e) videos for each prompt")
     add("--window", type=float, default=0.1, help="(d) costs of schedules around a policy's")
     add("--out", type=Path, default=Path("benchmarks/results/bench.json"))
     return parser

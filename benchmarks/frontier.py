@@ -121,8 +121,7 @@ KNOBS: Mapping[str, Knob] = {
         name="period", positions=(2, 3, 4, 5, 6), policy=_every("step", "taylor")
     ),
 }
-"""Everything but magcache, whose numbers have to be calibrated first (benchmarks/peers.py does),
-and srdiffusion, which is another model (benchmarks/relay.py)."""
+"""Everything but magcache, whose numbers have to be calibrated first (benchmarks.peers does)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

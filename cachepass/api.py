@@ -78,6 +78,10 @@ def compile(
             f"unknown `guidance`={guidance!r}: must be None or one of "
             f"{', '.join(get_args(Guidance))}"
         )
+    if policy == SRDiffusion.name:
+        raise PolicyError(
+            "policy 'srdiffusion' needs a second model: policy=cachepass.SRDiffusion(render=...)"
+        )
     scheduler = getattr(model, "scheduler", None)
 
     def wrap(module: nn.Module, chosen: Any, folder: str | os.PathLike[str] | None) -> CachedModule:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -239,7 +240,9 @@ def _compile(
     context = torch._guards.TracingContext(mode)
     # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-    with torch._guards.tracing(context), torch.no_grad(), uncached:
+    with torch._guards.tracing(context), torch.no_grad(), uncached, warnings.catch_warnings():
+        # Of ours is FrequencySplit alone, on tensors of the latent's size: eager serves there.
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         wrapped: Any = compile_fx(
             _fresh(region), list(inputs), inner_compile=keep, config_patches=patches or None
         )

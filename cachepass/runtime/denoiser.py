@@ -265,6 +265,8 @@ class Program:
         """One denoising call; an exception drops the session's slots."""
         frame = self.denoiser.open(self, args)
         session = frame.session
+        if self.denoiser.skips_uncond:
+            self._remember(frame, args)
         try:
             result = self._made_ahead(frame, args)
             if result is None:
@@ -273,8 +275,6 @@ class Program:
         except BaseException:
             session.drop()
             raise
-        if frame.branch == "cond":
-            session.conditional = tuple(args[i] for i in self.conditioning)
         if frame.step + 1 == session.num_steps and session.all_branches_called:
             self.denoiser.warn_if_useless(session.history)
         return result
@@ -282,6 +282,16 @@ class Program:
     # Where the unconditional call comes first and is to be skipped, it stands on the
     # conditional output of its step, which is not there yet. What the conditional call
     # will be given is known but for the text, and that is what it was a step ago.
+
+    def _remember(self, frame: Frame, args: Sequence[Any]) -> None:
+        """Keep the text of a conditional call, as long as the other one's is of its shape."""
+        session, given = frame.session, tuple(args[i] for i in self.conditioning)
+        if frame.branch == "cond":
+            session.conditional = given
+        elif session.conditional is not None and signature_of(session.conditional) != signature_of(
+            given
+        ):
+            session.conditional = None
 
     def call_cond(self, uncond: Frame, *, args: Sequence[Any]) -> None:
         """Make a step's conditional call before its turn, with the text of the step before."""

@@ -109,15 +109,13 @@ class Frame:
         newest_alone = (1.0,) + (0.0,) * (count - 1)
         if not kept or kept[0] == self.step:  # a row that is not reused: any finite numbers do
             return newest_alone
+        # Signals are read from the device only where they are wanted.
+        measures = self._measures(row) if predictor.needs_signal else {}
         moment = Moment(
             step=self.step,
             kept=kept,
             timesteps={step: times[row] for step, times in session.timesteps.items()},
-            ratios={
-                name: measure.second
-                for name, measure in self._measures(row).items()
-                if measure.second is not None
-            },
+            ratios={n: m.second for n, m in measures.items() if m.second is not None},
         )
         return predictor.weights(moment) or newest_alone
 

@@ -157,6 +157,11 @@ def test_bad_fields(fields: dict[str, Any], message: str) -> None:
         cachepass.SRDiffusion(**{"render": torch.nn.Identity(), **fields})
 
 
+def test_it_has_no_defaults() -> None:
+    with pytest.raises(cachepass.PolicyError, match=r"'srdiffusion' needs a second model: policy="):
+        cachepass.compile(load("small"), policy="srdiffusion")
+
+
 def test_a_model_is_no_pipeline() -> None:
     with pytest.raises(cachepass.PolicyError, match="SRDiffusion takes turns within a request"):
         cachepass.compile(load("small"), policy=cachepass.SRDiffusion(render=load("small")))

@@ -11,8 +11,17 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import cachepass
 from tests.models import TINY, TOY, WAN, as_tensor, distance
-from tests.reference import MIXCACHE, FirstBlockRule, MixCacheRule, Reference, Rule
+from tests.reference import Reference, Rule
 from tests.requests import assert_follows, decisions, run
+from tests.rules import (
+    MIXCACHE,
+    DiCacheRule,
+    EasyCacheRule,
+    FasterCacheRule,
+    FirstBlockRule,
+    MixCacheRule,
+    TaylorSeerRule,
+)
 
 STEPS = 12
 POLICIES: dict[str, cachepass.NamedPolicy] = {
@@ -20,6 +29,14 @@ POLICIES: dict[str, cachepass.NamedPolicy] = {
     "teacache": cachepass.TeaCache(threshold=0.3, warmup_steps=1),
     "adacache": cachepass.AdaCache(codebook=((9.0, 3), (99.0, 1)), motion=False),
     "mixcache": cachepass.MixCache(**MIXCACHE),
+    "mixcache, taylor": cachepass.MixCache(**MIXCACHE | {"predictor": "taylor"}),
+    "dbcache": cachepass.DBCache(front=1, back=1, threshold=0.3, warmup_steps=1),
+    "taylorseer": cachepass.TaylorSeer(interval=3, order=2, warmup_steps=2),
+    "magcache": cachepass.MagCache(ratios=(1.0,) * STEPS),
+    "easycache": cachepass.EasyCache(threshold=0.3, warmup_steps=3),
+    "dicache": cachepass.DiCache(threshold=0.3, warmup_steps=3),
+    "pab": cachepass.PAB(self_attention=2, cross=3, timesteps=(100, 850)),
+    "fastercache": cachepass.FasterCache(start=4, cfg_period=3),
     **{
         f"schedule-{kind}": cachepass.Schedule(reuse={2: kind, 3: kind, 7: kind})
         for kind in ("step", "cfg", "stack", "block", "attention", "mlp")
@@ -58,7 +75,8 @@ def _check(policy: cachepass.NamedPolicy) -> None:
     assert before["graphs"] == 1
     assert before["regions"] > 0
     run(cached, steps=STEPS, seed=4)
-    run(cached, steps=STEPS - 2, seed=5, branches=("cond",))
+    if any(not isinstance(site, cachepass.Cfg) for site in policy.combine().sites):
+        run(cached, steps=STEPS - 2, seed=5, branches=("cond",))
     assert _compiles(cached) == before
     assert _compiled() == compiled
     assert dict(counters["graph_break"]) == {}
@@ -87,13 +105,29 @@ def test_inductor_follows_the_reference() -> None:
     _follow(cachepass.MixCache(**MIXCACHE), MixCacheRule(**MIXCACHE))
 
 
-@pytest.mark.full
-def test_inductor_follows_the_reference_of_firstblock() -> None:
-    tail = cachepass.Blocks(name="tail", start=1)
-    _follow(
-        cachepass.FirstBlock(threshold=0.1, warmup_steps=0, site=tail, predictor=None),
+TAIL = cachepass.Blocks(name="tail", start=1)
+RULES: dict[str, tuple[cachepass.NamedPolicy, Rule]] = {
+    "firstblock": (
+        cachepass.FirstBlock(threshold=0.1, warmup_steps=0, site=TAIL, predictor=None),
         FirstBlockRule(0.1),
-    )
+    ),
+    "dicache": (
+        cachepass.DiCache(threshold=0.3, warmup_steps=3),
+        DiCacheRule(0.3, 3, (1.0, 2.0)),
+    ),
+    "taylorseer": (
+        cachepass.TaylorSeer(interval=3, order=2, warmup_steps=3),
+        TaylorSeerRule(3, 2, 3),
+    ),
+    "easycache": (cachepass.EasyCache(threshold=0.3, warmup_steps=3), EasyCacheRule(0.3, 3)),
+    "fastercache": (cachepass.FasterCache(start=4, cfg_period=3), FasterCacheRule(4, 3, 1.1)),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", RULES)
+def test_inductor_follows_the_reference_of(name: str) -> None:
+    _follow(*RULES[name])
 
 
 JOINT = ("cogvideox", "flux", "hunyuan", "mochi")

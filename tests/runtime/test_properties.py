@@ -12,8 +12,9 @@ import cachepass
 from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
 from tests.graphs import Script
 from tests.models import WAN, distance
-from tests.reference import Reference, ScheduleRule
+from tests.reference import Reference
 from tests.requests import BOTH, assert_follows, caller, decisions, denoise
+from tests.rules import ScheduleRule
 
 # Random decisions may well be to compute.
 pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")

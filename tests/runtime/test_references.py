@@ -9,7 +9,9 @@ import torch
 
 import cachepass
 from tests.models import WAN
-from tests.reference import (
+from tests.reference import Reference, Rule
+from tests.requests import BOTH, assert_follows, caller, decisions, denoise, plain
+from tests.rules import (
     MIXCACHE,
     AdaCacheRule,
     DBCacheRule,
@@ -20,13 +22,10 @@ from tests.reference import (
     MagCacheRule,
     MixCacheRule,
     PABRule,
-    Reference,
-    Rule,
     ScheduleRule,
     TaylorSeerRule,
     TeaCacheRule,
 )
-from tests.requests import BOTH, assert_follows, caller, decisions, denoise, plain
 
 STEPS = 12
 TAIL = cachepass.Blocks(name="tail", start=1)

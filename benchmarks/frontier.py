@@ -21,7 +21,7 @@ from typing import Any
 import cachepass
 from benchmarks.figures import Figure, Result, keep, table
 from benchmarks.plot import draw
-from benchmarks.quality import PROMPTS, PSNR_LIMIT, Request, build, generate
+from benchmarks.quality import PROMPTS, PSNR_LIMIT, build, generate, requests_of
 from benchmarks.sampling import Estimate, bootstrap
 from benchmarks.testbed import Progress
 from cachepass.runtime.policies import for_model
@@ -140,11 +140,7 @@ class Video:
 
 def measure(names: Sequence[str], prompts: int, seeds: int, progress: Progress) -> Result:
     """Make all videos."""
-    requests = [
-        Request(prompt=prompt, seed=100 + seed)
-        for prompt in PROMPTS[:prompts]
-        for seed in range(seeds)
-    ]
+    requests = requests_of(prompts, seeds)
     progress("compiling: plain")
     plain = build(None)
     references = [generate(plain, request)[0] for request in requests]

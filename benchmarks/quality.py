@@ -63,6 +63,15 @@ class Score:
     seconds: float
 
 
+def requests_of(prompts: int, seeds: int) -> list[Request]:
+    """So many prompts, and videos of each."""
+    return [
+        Request(prompt=prompt, seed=100 + seed)
+        for prompt in PROMPTS[:prompts]
+        for seed in range(seeds)
+    ]
+
+
 def generate(pipe: Any, request: Request, steps: int = STEPS) -> tuple[torch.Tensor, float]:
     """The video and the seconds it took."""
     started = time.perf_counter()
@@ -105,11 +114,7 @@ def score(pipe: Any, request: Request, reference: torch.Tensor) -> Score:
 
 def measure(prompts: int, seeds: int, window: float, progress: Progress) -> Result:
     """Make all videos; `window` is how far from a policy's cost schedules are tried."""
-    requests = [
-        Request(prompt=prompt, seed=100 + seed)
-        for prompt in PROMPTS[:prompts]
-        for seed in range(seeds)
-    ]
+    requests = requests_of(prompts, seeds)
     references, plain_seconds, adaptive = _adaptive(requests, progress)
     costs = [statistics.fmean(s.cost for s in scores) for scores in adaptive.values()]
     blind = _blind(around(costs, window, STEPS), requests, references, progress)

@@ -14,7 +14,7 @@ from typing import Any
 import cachepass
 from benchmarks.baseline import PERIODS, Blind, at_cost, envelope
 from benchmarks.figures import Figure, Result
-from benchmarks.quality import PROMPTS, PSNR_LIMIT, STEPS, Request, build, generate
+from benchmarks.quality import PROMPTS, PSNR_LIMIT, STEPS, Request, build, generate, requests_of
 from benchmarks.sampling import bootstrap
 from benchmarks.testbed import Progress
 from examples.shapes.model import load
@@ -38,11 +38,7 @@ class Made:
 
 def measure(prompts: int, seeds: int, progress: Progress) -> Result:
     """Make all videos, those that are compared in turns with uncached ones."""
-    requests = [
-        Request(prompt=prompt, seed=100 + seed)
-        for prompt in PROMPTS[:prompts]
-        for seed in range(seeds)
-    ]
+    requests = requests_of(prompts, seeds)
     progress("compiling: plain")
     plain = build(None)
     uniform = [

@@ -33,6 +33,7 @@ def _allocated(session: cachepass.Session) -> int:
 def _check(policy: cachepass.NamedPolicy, **options: Any) -> dict[str, Any]:
     cached = cachepass.compile(WAN.model(), policy=policy, **options)
     _, session = run(cached, steps=STEPS)
+    request: dict[str, Any]
     (request,) = cachepass.report(session).to_dict()["requests"]
     assert request["peak_cache_bytes"] == session.cache_bytes == _allocated(session) > 0
     cachepass.reset(cached)

@@ -12,13 +12,42 @@ from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check, s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limited(Trigger):
+class Around(Trigger):
+    """What a trigger around another needs: what the other one does."""
+
+    trigger: Trigger
+
+    @property
+    def needs_num_steps(self) -> bool:  # type: ignore[override]
+        return self.trigger.needs_num_steps
+
+    @property
+    def needs_timestep(self) -> bool:  # type: ignore[override]
+        return self.trigger.needs_timestep
+
+    @property
+    def shared_by_branches(self) -> bool:  # type: ignore[override]
+        return self.trigger.shared_by_branches
+
+    @property
+    def independent(self) -> bool:  # type: ignore[override]
+        return self.trigger.independent
+
+    @property
+    def names(self) -> frozenset[str]:  # type: ignore[override]
+        return self.trigger.names
+
+    def signals(self) -> tuple[Signal, ...]:
+        return self.trigger.signals()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limited(Around):
     """Computes at the edges of a request and after too many reuses; else what `trigger` says.
 
     Where it computes, `trigger` is told that no site could be reused, and so starts afresh.
     """
 
-    trigger: Trigger
     warmup_steps: int | float = 0
     """Steps at the start that compute: a count, or (a float) a share of all."""
 
@@ -49,25 +78,6 @@ class Limited(Trigger):
     def needs_num_steps(self) -> bool:  # type: ignore[override]
         return isinstance(self.warmup_steps, float) or self.trigger.needs_num_steps
 
-    @property
-    def needs_timestep(self) -> bool:  # type: ignore[override]
-        return self.trigger.needs_timestep
-
-    @property
-    def shared_by_branches(self) -> bool:  # type: ignore[override]
-        return self.trigger.shared_by_branches
-
-    @property
-    def independent(self) -> bool:  # type: ignore[override]
-        return self.trigger.independent
-
-    @property
-    def names(self) -> frozenset[str]:  # type: ignore[override]
-        return self.trigger.names
-
-    def signals(self) -> tuple[Signal, ...]:
-        return self.trigger.signals()
-
     def decide(self, facts: Facts, state: Any) -> Decision:
         """`state` is (reuses in a row, reuses in all, the inner state)."""
         row, total, inner = state or (0, 0, None)
@@ -85,25 +95,18 @@ class Limited(Trigger):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Windowed(Trigger):
+class Windowed(Around):
     """`trigger` where the timestep lies between two bounds and the step has come; else compute."""
 
-    trigger: Trigger
     timesteps: tuple[float, float]
     """Open interval, from 0 to 1000; of models that are given less than that, in thousandths."""
 
     start: int | float = 0
     """First step of it: a count, or (a float) a share of all."""
 
-    needs_timestep = True
-
     @property
-    def independent(self) -> bool:  # type: ignore[override]
-        return self.trigger.independent
-
-    @property
-    def names(self) -> frozenset[str]:  # type: ignore[override]
-        return self.trigger.names
+    def needs_timestep(self) -> bool:  # type: ignore[override]
+        return True
 
     def __post_init__(self) -> None:
         low, high = self.timesteps
@@ -112,13 +115,6 @@ class Windowed(Trigger):
     @property
     def needs_num_steps(self) -> bool:  # type: ignore[override]
         return isinstance(self.start, float) or self.trigger.needs_num_steps
-
-    @property
-    def shared_by_branches(self) -> bool:  # type: ignore[override]
-        return self.trigger.shared_by_branches
-
-    def signals(self) -> tuple[Signal, ...]:
-        return self.trigger.signals()
 
     def decide(self, facts: Facts, state: Any) -> Decision:
         low, high = self.timesteps

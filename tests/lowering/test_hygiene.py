@@ -97,7 +97,7 @@ def test_two_generations_compile_once_under(name: str) -> None:
 def _follow(policy: cachepass.NamedPolicy, rule: Rule) -> None:
     model = WAN.model()
     reference = Reference(model, rule, STEPS)
-    assert_follows(cachepass.compile(model, policy=policy), reference)
+    assert_follows(cachepass.compile(model, policy=policy), reference, eager=False)
     assert any(reused for _, _, reused in reference.decisions)
 
 

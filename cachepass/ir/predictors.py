@@ -247,7 +247,8 @@ def low_band(value: Tensor) -> Tensor:
     rows = torch.fft.fftfreq(height, 1 / height, device=value.device)[:, None]
     columns = torch.fft.fftfreq(width, 1 / width, device=value.device)[None, :]
     spectrum = torch.fft.fft2(value.float()) * (rows**2 + columns**2 <= radius**2)
-    low: Tensor = torch.fft.ifft2(spectrum).real
+    # A copy: the real part alone would keep the imaginary one's memory alive.
+    low: Tensor = torch.fft.ifft2(spectrum).real.contiguous()
     return low.to(value.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import pathlib
@@ -82,9 +83,13 @@ def compile(
         raise PolicyError(
             "policy 'srdiffusion' needs a second model: policy=cachepass.SRDiffusion(render=...)"
         )
-    scheduler = getattr(model, "scheduler", None)
+    choose = functools.partial(
+        resolve, options=options, scheduler=getattr(model, "scheduler", None)
+    )
 
-    def wrap(module: nn.Module, chosen: Any, folder: str | os.PathLike[str] | None) -> CachedModule:
+    def wrap(
+        module: nn.Module, chosen: AnyPolicy, folder: str | os.PathLike[str] | None
+    ) -> CachedModule:
         if isinstance(module, OptimizedModule):
             raise CachePassError(
                 "the model is compiled already: give cachepass the plain module "
@@ -92,7 +97,7 @@ def compile(
             )
         return CachedModule(
             module,
-            policy=resolve(chosen, options, scheduler=scheduler),
+            policy=chosen,
             mode=mode,
             dynamic=dynamic,
             guidance=guidance,
@@ -107,29 +112,31 @@ def compile(
                 "SRDiffusion takes turns within a request, which a scheduler has to tell of: give "
                 "the pipeline to cachepass.compile, not its model"
             )
-        return pipelines.attach(model, _relay(policy, wrap, folder))
+        sides = choose(policy.sketch_policy), choose(policy.render_policy)
+        return pipelines.attach(model, _relay(policy, *sides, wrap, folder))
+    resolved = choose(policy)
     if isinstance(model, nn.Module):
-        return wrap(model, policy, folder)  # type: ignore[return-value]
+        return wrap(model, resolved, folder)  # type: ignore[return-value]
     return pipelines.attach(
         model,
-        lambda name, module: wrap(module, policy, pathlib.Path(folder, name) if folder else None),
+        lambda name, module: wrap(module, resolved, pathlib.Path(folder, name) if folder else None),
     )
 
 
 def _relay(
     policy: SRDiffusion,
-    wrap: Callable[[nn.Module, Any, str | os.PathLike[str] | None], CachedModule],
+    sketch: AnyPolicy,
+    render: AnyPolicy,
+    wrap: Callable[[nn.Module, AnyPolicy, str | os.PathLike[str] | None], CachedModule],
     folder: str | os.PathLike[str] | None,
 ) -> Callable[[str, nn.Module], Relay]:
     """What puts a relay in the place of each denoiser; one switch and one small model for all."""
     switch = Switch(policy)
-    render = wrap(
-        policy.render, policy.render_policy, pathlib.Path(folder, RENDER) if folder else None
-    )
+    small = wrap(policy.render, render, pathlib.Path(folder, RENDER) if folder else None)
 
     def put(name: str, module: nn.Module) -> Relay:
         inside = pathlib.Path(folder, name) if folder else None
-        return Relay(wrap(module, policy.sketch_policy, inside), render, switch)
+        return Relay(wrap(module, sketch, inside), small, switch)
 
     return put
 
@@ -195,16 +202,15 @@ class CachedModule(OptimizedModule):
         """The two halves of a batch as calls of two branches, the conditional one first."""
         hint = HINT.get() or Hint("")
         cond_first = self.guidance == "concat-cond-first"
+        order = ("cond", "uncond") if cond_first else ("uncond", "cond")
+        given = dict(zip(order, (first, second), strict=True))
         outputs = {}
-        for branch, given in (("cond", second), ("uncond", first)):
-            if cond_first:
-                given = first if branch == "cond" else second
+        for branch in ("cond", "uncond"):
             token = HINT.set(dataclasses.replace(hint, branch=branch, half=True))
             try:
-                outputs[branch] = self._call(*given)
+                outputs[branch] = self._call(*given[branch])
             finally:
                 HINT.reset(token)
-        order = ("cond", "uncond") if cond_first else ("uncond", "cond")
         return join(*(outputs[branch] for branch in order))
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -328,8 +334,6 @@ def report(model: Any) -> Report:
         owner = model.owner
         assert isinstance(owner, Denoiser)
         return report_of(owner, only=model.history)
-    if isinstance(model, CachedModule):
-        return report_of(model.denoiser)
     return merged({name: report_of(c.denoiser) for name, c in _cached(model).items()})
 
 

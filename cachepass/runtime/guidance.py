@@ -24,20 +24,21 @@ CONCATENATED = "cond_uncond"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def latent_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The latent of a call: its first floating tensor of three dimensions or more."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point():
+            return value
+    return None
+
+
 def halves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Arguments, Arguments] | None:
     """The arguments of the first and of the second half of the rows.
 
     None where the latents of the halves are not equal, as those of two branches of one request
     are. What has as many rows as the latent is cut; all else goes to both.
     """
-    latent = next(
-        (
-            value
-            for value in (*args, *kwargs.values())
-            if isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point()
-        ),
-        None,
-    )
+    latent = latent_among(args, kwargs)
     if latent is None or latent.shape[0] % 2:
         return None
     rows = latent.shape[0]

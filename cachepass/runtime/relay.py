@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cachepass.ir.ops import l1_sums
+from cachepass.runtime.guidance import latent_among
 from cachepass.runtime.policies.srdiffusion import SRDiffusion
 
 SKETCH, RENDER = "sketch", "render"
@@ -24,18 +25,16 @@ class Switch:
         self.switched_at: list[int | None] = []
         """Of each request, the first step of the small model."""
 
-        self._lock = threading.Lock()
         self.begin_request(0)
         self.switched_at.clear()
 
     def begin_request(self, num_steps: int) -> None:
         """What follows is a new request."""
-        with self._lock:
-            self._num_steps, self._step = num_steps, 0
-            self._before: Tensor | None = None
-            self._distance = math.nan
-            self._seen = -1
-            self.switched_at.append(None)
+        self._num_steps, self._step = num_steps, 0
+        self._before: Tensor | None = None
+        self._distance = math.nan
+        self._seen = -1
+        self.switched_at.append(None)
 
     def end_step(self) -> None:
         """The scheduler made a step."""
@@ -55,7 +54,8 @@ class Switch:
         before, self._before = self._before, value.detach().clone()
         settled = False
         if before is not None and before.shape == value.shape:
-            distance = math.tanh(relative_change(value, before))
+            diff, ref = l1_sums(value, before).sum(0).tolist()
+            distance = math.tanh(diff / ref)
             moved = distance - self._distance
             settled = moved < self.policy.delta and (moved > 0 or not self.policy.rising)
             self._distance = distance
@@ -64,11 +64,6 @@ class Switch:
         late = step >= self.policy.latest * self._num_steps
         if self.policy.min_steps <= step < self._num_steps and (settled or late):
             self.switched_at[-1] = step
-
-
-def relative_change(now: Tensor, before: Tensor) -> float:
-    """Mean |now - before| over mean |before|."""
-    return float((now.float() - before.float()).abs().sum() / before.float().abs().sum())
 
 
 class Relay(nn.Module):
@@ -88,9 +83,9 @@ class Relay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising call."""
-        values = (*args, *kwargs.values())
-        latent = next(v for v in values if isinstance(v, Tensor) and v.ndim >= 3)
-        self.switch.see("latent", latent)
+        latent = latent_among(args, kwargs)
+        if latent is not None:
+            self.switch.see("latent", latent)
         model = self.sketch if self.switch.current == SKETCH else self.render
         with torch.no_grad():
             result = model(*args, **kwargs)

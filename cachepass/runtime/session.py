@@ -180,6 +180,7 @@ class Session:
         self.signals.clear()
         self.states.clear()
         self.timesteps.clear()
+        self.skipped_uncond_at = -1
         self.shared_choice = self.conditional = self.ahead = None
         self.signature = None
         self.step, self.branches_in_step, self.branches = -1, [], []

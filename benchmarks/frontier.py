@@ -22,6 +22,7 @@ import cachepass
 from benchmarks.figures import Figure, Result, keep, table
 from benchmarks.plot import draw
 from benchmarks.quality import PROMPTS, PSNR_LIMIT, build, generate, requests_of
+from benchmarks.rivals import adacache_fields, mixcache_fields
 from benchmarks.sampling import Estimate, bootstrap
 from benchmarks.testbed import Progress
 from cachepass.runtime.policies import for_model
@@ -49,77 +50,52 @@ def _every(granularity: str, predictor: str | None = None) -> Callable[[float], 
     )
 
 
-def _mixcache(scale: float) -> NamedPolicy:
-    usual = cachepass.MixCache()
-    low, high = usual.interval
-    return cachepass.MixCache(
-        trigger=usual.trigger * scale,
-        shorten=usual.shorten * scale,
-        lengthen=usual.lengthen * scale,
-        interval=(low, max(high, round(high * scale))),
-    )
+def _threshold(kind: Callable[..., NamedPolicy], *positions: float, **fixed: Any) -> Knob:
+    return Knob(name="threshold", positions=positions, policy=lambda v: kind(threshold=v, **fixed))
 
 
-def _adacache(motion: bool) -> Callable[[float], NamedPolicy]:
-    def policy(scale: float) -> NamedPolicy:
-        book = tuple((bound * scale, rate) for bound, rate in cachepass.AdaCache().codebook[:-1])
-        last = max(1.0, 2 * book[-1][0])
-        return cachepass.AdaCache(codebook=(*book, (last, 1)), motion=motion)
-
-    return policy
-
-
+SCALES = (0.6, 0.8, 1, 1.4, 2)
+PACES = (2, 3, 4, 5, 6)
+RANGES = (2, 3, 4, 6, 8)
 KNOBS: Mapping[str, Knob] = {
-    "mixcache": Knob(name="tolerance", positions=(0.5, 0.8, 1, 1.5, 2.5), policy=_mixcache),
-    "adacache": Knob(name="scale", positions=(0.6, 0.8, 1, 1.4, 2), policy=_adacache(True)),
+    "mixcache": Knob(
+        name="tolerance",
+        positions=(0.5, 0.8, 1, 1.5, 2.5),
+        policy=lambda v: cachepass.MixCache(**mixcache_fields(v)),
+    ),
+    "adacache": Knob(
+        name="scale",
+        positions=SCALES,
+        policy=lambda v: cachepass.AdaCache(**adacache_fields(v)),
+    ),
     "adacache, no motion": Knob(
-        name="scale", positions=(0.6, 0.8, 1, 1.4, 2), policy=_adacache(False)
+        name="scale",
+        positions=SCALES,
+        policy=lambda v: cachepass.AdaCache(**adacache_fields(v), motion=False),
     ),
-    "firstblock": Knob(
-        name="threshold",
-        positions=(0.03, 0.06, 0.1, 0.15, 0.25),
-        policy=lambda v: cachepass.FirstBlock(threshold=v),
-    ),
-    "teacache": Knob(
-        name="threshold",
-        positions=(0.04, 0.08, 0.12, 0.2, 0.3),
-        policy=lambda v: cachepass.TeaCache(threshold=v),
-    ),
-    "dbcache": Knob(
-        name="threshold",
-        positions=(0.04, 0.08, 0.12, 0.2, 0.3),
-        policy=lambda v: cachepass.DBCache(threshold=v, front=2),
-    ),
+    "firstblock": _threshold(cachepass.FirstBlock, 0.03, 0.06, 0.1, 0.15, 0.25),
+    "teacache": _threshold(cachepass.TeaCache, 0.04, 0.08, 0.12, 0.2, 0.3),
+    "dbcache": _threshold(cachepass.DBCache, 0.04, 0.08, 0.12, 0.2, 0.3, front=2),
+    "easycache": _threshold(cachepass.EasyCache, 0.02, 0.035, 0.05, 0.08, 0.12),
+    "dicache": _threshold(cachepass.DiCache, 0.08, 0.15, 0.25, 0.4, 0.6),
     "taylorseer": Knob(
         name="interval",
-        positions=(2, 3, 4, 5, 6),
+        positions=PACES,
         policy=lambda v: cachepass.TaylorSeer(interval=round(v)),
-    ),
-    "easycache": Knob(
-        name="threshold",
-        positions=(0.02, 0.035, 0.05, 0.08, 0.12),
-        policy=lambda v: cachepass.EasyCache(threshold=v),
-    ),
-    "dicache": Knob(
-        name="threshold",
-        positions=(0.08, 0.15, 0.25, 0.4, 0.6),
-        policy=lambda v: cachepass.DiCache(threshold=v),
     ),
     "pab": Knob(
         name="range",
-        positions=(2, 3, 4, 6, 8),
+        positions=RANGES,
         policy=lambda v: cachepass.PAB(self_attention=round(v), cross=round(v)),
     ),
     "fastercache": Knob(
         name="range",
-        positions=(2, 3, 4, 6, 8),
+        positions=RANGES,
         policy=lambda v: cachepass.FasterCache(cfg_period=round(v)),
     ),
-    "uniform, last output": Knob(name="period", positions=(2, 3, 4, 5, 6), policy=_every("step")),
-    "uniform, residual": Knob(name="period", positions=(2, 3, 4, 5, 6), policy=_every("stack")),
-    "uniform, taylor": Knob(
-        name="period", positions=(2, 3, 4, 5, 6), policy=_every("step", "taylor")
-    ),
+    "uniform, last output": Knob(name="period", positions=PACES, policy=_every("step")),
+    "uniform, residual": Knob(name="period", positions=PACES, policy=_every("stack")),
+    "uniform, taylor": Knob(name="period", positions=PACES, policy=_every("step", "taylor")),
 }
 """Everything but magcache, whose numbers have to be calibrated first (benchmarks.peers does)."""
 

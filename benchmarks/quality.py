@@ -85,7 +85,7 @@ def generate(pipe: Any, request: Request, steps: int = STEPS) -> tuple[torch.Ten
     return frames[0], time.perf_counter() - started
 
 
-def build(policy: NamedPolicy | None) -> Any:
+def build(policy: NamedPolicy | cachepass.SRDiffusion | None, steps: int = 2) -> Any:
     """A pipeline, compiled by a first short request; plain without a policy."""
     pipe: Any = build_pipeline("large")
     pipe.set_progress_bar_config(disable=True)
@@ -94,9 +94,9 @@ def build(policy: NamedPolicy | None) -> Any:
     else:
         pipe = cachepass.compile(pipe, policy=policy)
     with warnings.catch_warnings():
-        # Two steps leave nothing to reuse, of which the library rightly warns.
+        # So few steps leave nothing to reuse, of which the library rightly warns.
         warnings.simplefilter("ignore")
-        generate(pipe, Request(prompt=PROMPTS[0], seed=0), steps=2)
+        generate(pipe, Request(prompt=PROMPTS[0], seed=0), steps)
     return pipe
 
 

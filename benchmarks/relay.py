@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import cachepass
 from benchmarks.baseline import PERIODS, Blind, at_cost, envelope
 from benchmarks.figures import Figure, Result
-from benchmarks.quality import PROMPTS, PSNR_LIMIT, STEPS, Request, build, generate, requests_of
+from benchmarks.quality import PSNR_LIMIT, STEPS, build, generate, requests_of
 from benchmarks.sampling import bootstrap
 from benchmarks.testbed import Progress
 from examples.shapes.model import load
-from examples.shapes.pipeline import build_pipeline
 from examples.shapes.quality import psnr
 
 # The first steps are where the two models part: so many of the large one.
@@ -51,7 +50,12 @@ def measure(prompts: int, seeds: int, progress: Progress) -> Result:
     relays: dict[str, Any] = {}
     for name, policy in (("alone", "compute"), ("both cached", "mixcache")):
         progress(f"compiling: relay, {name}")
-        relays[name] = _relay(policy)
+        relays[name] = build(
+            cachepass.SRDiffusion(
+                render=load("small"), sketch_policy=policy, render_policy=policy, min_steps=1
+            ),
+            steps=4,  # so that both models are compiled
+        )
     made: dict[str, list[Made]] = {}
     for i, request in enumerate(requests):
         reference, seconds = generate(plain, request)
@@ -67,7 +71,7 @@ def measure(prompts: int, seeds: int, progress: Progress) -> Result:
             for least in MIN_STEPS:
                 progress(f"{where}: relay, {name}, from step {least}")
                 switch = pipe.transformer.switch
-                switch.policy = _policy("compute", least)  # the switch reads its rule alone
+                switch.policy = replace(switch.policy, min_steps=least)
                 video, taken = generate(pipe, request)
                 made.setdefault(f"{name}, {least} steps", []).append(
                     Made(
@@ -86,20 +90,6 @@ def measure(prompts: int, seeds: int, progress: Progress) -> Result:
             "videos": {name: [asdict(m) for m in of] for name, of in made.items()},
         },
     )
-
-
-def _policy(policy: str, min_steps: int) -> cachepass.SRDiffusion:
-    return cachepass.SRDiffusion(
-        render=load("small"), sketch_policy=policy, render_policy=policy, min_steps=min_steps
-    )
-
-
-def _relay(policy: str) -> Any:
-    pipe: Any = build_pipeline("large")
-    pipe.set_progress_bar_config(disable=True)
-    pipe = cachepass.compile(pipe, policy=_policy(policy, 1))
-    generate(pipe, Request(prompt=PROMPTS[0], seed=0), steps=4)
-    return pipe
 
 
 def _figures(name: str, of: Sequence[Made], rivals: Mapping[str, Sequence[Made]]) -> list[Figure]:

@@ -337,7 +337,7 @@ def _para_attn(setting: Setting, value: Any) -> Contender:
 # --- cachepass -------------------------------------------------------------------------
 
 
-def _mixcache(value: float, _: Setting) -> dict[str, Any]:
+def mixcache_fields(value: float) -> dict[str, Any]:
     """One tolerance for all that is compared with a threshold."""
     usual = cachepass.MixCache()
     shortest, longest = usual.interval
@@ -350,7 +350,7 @@ def _mixcache(value: float, _: Setting) -> dict[str, Any]:
     }
 
 
-def _adacache(value: float, _: Setting) -> dict[str, Any]:
+def adacache_fields(value: float) -> dict[str, Any]:
     """The codebook for changes `value` times as large, with longer rates above 1."""
     *entries, (bound, rate) = cachepass.AdaCache().codebook
     scaled = [(b * value, round(r * max(1.0, value))) for b, r in entries]
@@ -389,8 +389,8 @@ class Dial:
 
 # One line for each contender of ours.
 DIALS = {
-    "mixcache": Dial("tolerance", geometric(0.25, 8), _mixcache),
-    "adacache": Dial("scale of the codebook", geometric(0.25, 8), _adacache),
+    "mixcache": Dial("tolerance", geometric(0.25, 8), lambda v, _: mixcache_fields(v)),
+    "adacache": Dial("scale of the codebook", geometric(0.25, 8), lambda v, _: adacache_fields(v)),
     "firstblock": Dial("threshold", THRESHOLDS, _threshold(10)),
     "teacache": Dial("threshold", geometric(0.01, 2), _threshold(10)),
     "schedule": Dial("period, start", Setting.paces, _schedule),

@@ -64,7 +64,9 @@ class InsertSignals:
         late: list[Late] = []
         for signal in self.signals:
             if isinstance(signal, LatentChange) and signal.against is Against.STEP:
-                at = _measure_latent(gm, frame, layout, signal, at)
+                latent = _latent(gm, layout)
+                with graph.inserting_after(at if latent.op == "placeholder" else latent):
+                    at = _measure_when(gm, frame, layout, signal, latent, ops.When.FIRST_CALL)
         for signal in self.signals:
             if isinstance(signal, TimestepChange):
                 at = _measure_timestep(gm, frame, layout, signal)
@@ -86,13 +88,13 @@ class InsertSignals:
             elif isinstance(signal, CacheChange):
                 _check_site(signal, self.sites)
             elif isinstance(signal, LatentChange) and signal.against is Against.FULL:
+                latent = _latent(gm, layout)
                 with graph.inserting_after(at):
-                    latent = _latent(gm, layout)
-                    at = _measure_at_full(gm, frame, layout, signal, latent)
+                    at = _measure_when(gm, frame, layout, signal, latent, ops.When.FIRST_FULL)
             elif isinstance(signal, OutputChange):
                 output = _main_output(graph)
                 with graph.inserting_before(graph.output_node()):
-                    _measure_at_full(gm, frame, layout, signal, output)
+                    _measure_when(gm, frame, layout, signal, output, ops.When.FIRST_FULL)
         return PassResult(gm, modified=True)
 
 
@@ -130,48 +132,28 @@ def _main_output(graph: fx.Graph) -> fx.Node:
     return max(outputs, key=lambda n: n.meta["example_value"].numel())
 
 
-def _measure_at_full(
-    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: Signal, value: fx.Node
-) -> fx.Node:
-    """At full calls that are the first of their step, a value against what it was at the last."""
+def _compare(graph: fx.Graph, frame: fx.Node, signal: Signal, slot: Slot, now: fx.Node) -> fx.Node:
+    """Measure a value against what its slot holds, and keep a copy in its place."""
+    old = graph.call_function(ops.cache_read, (frame, slot.name, now))
+    pair = (old, now) if isinstance(signal, OutputChange) else (now, old)
+    sums = graph.call_function(ops.l1_sums, pair)
+    kept = graph.call_function(ops.clone, (now,))
+    graph.call_function(ops.observe, (frame, signal.name, slot.name, sums))
+    return graph.call_function(ops.cache_write, (frame, slot.name, kept))
+
+
+def _measure_when(
+    gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: Signal, value: fx.Node,
+    when: ops.When,
+) -> fx.Node:  # fmt: skip
+    """A value that all branches share, under a condition, at the graph's insertion point."""
     slot = _declare(layout, signal, value, across_branches=True)
-    of_new = isinstance(signal, OutputChange)
 
     def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
-        now = mapping[value]
-        old = graph.call_function(ops.cache_read, (inner, slot.name, now))
-        sums = graph.call_function(ops.l1_sums, (old, now) if of_new else (now, old))
-        kept = graph.call_function(ops.clone, (now,))
-        graph.call_function(ops.observe, (inner, signal.name, slot.name, sums))
-        graph.call_function(ops.cache_write, (inner, slot.name, kept))
+        _compare(graph, inner, signal, slot, mapping[value])
         return ()
 
-    return add_guard(gm.graph, frame, ops.When.FIRST_FULL, (value,), arm, owner=gm)
-
-
-def _measure_latent(
-    gm: fx.GraphModule,
-    frame: fx.Node,
-    layout: Layout,
-    signal: LatentChange,
-    at: fx.Node,
-) -> fx.Node:
-    latent = _latent(gm, layout)
-    if latent.op != "placeholder":
-        at = latent
-    slot = _declare(layout, signal, latent, across_branches=True)
-
-    def arm(graph: fx.Graph, inner: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:
-        now = mapping[latent]
-        old = graph.call_function(ops.cache_read, (inner, slot.name, now))
-        sums = graph.call_function(ops.l1_sums, (now, old))
-        kept = graph.call_function(ops.clone, (now,))
-        graph.call_function(ops.observe, (inner, signal.name, slot.name, sums))
-        graph.call_function(ops.cache_write, (inner, slot.name, kept))
-        return ()
-
-    with gm.graph.inserting_after(at):
-        return add_guard(gm.graph, frame, ops.When.FIRST_CALL, (latent,), arm, owner=gm)
+    return add_guard(gm.graph, frame, when, (value,), arm, owner=gm)
 
 
 def _measure_timestep(
@@ -187,11 +169,7 @@ def _measure_timestep(
     graph = gm.graph
     first = next(n for n in graph.nodes if place_of(n))
     with graph.inserting_before(first):
-        old = graph.call_function(ops.cache_read, (frame, slot.name, embedding))
-        sums = graph.call_function(ops.l1_sums, (embedding, old))
-        kept = graph.call_function(ops.clone, (embedding,))
-        graph.call_function(ops.observe, (frame, signal.name, slot.name, sums))
-        return graph.call_function(ops.cache_write, (frame, slot.name, kept))
+        return _compare(graph, frame, signal, slot, embedding)
 
 
 def _measure_blocks(

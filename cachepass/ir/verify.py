@@ -34,21 +34,17 @@ def verify(gm: fx.GraphModule) -> None:
         for node in part.graph.nodes:
             if node.target is ops.conditional:
                 _check_arms(part, node)
-            elif node.target in (ops.cache_read, ops.cache_write):
-                name = node.args[1]
-                if name not in slots:
-                    raise VerifyError(f"{node.name}: slot {name!r} is not declared in the layout")
-                (read if node.target is ops.cache_read else written).add(name)
-                if node.target is ops.cache_write:
-                    _check_write(part, node, slots[name].dtype)
-            elif node.target is ops.cache_shift:
-                _, newer, older = node.args
-                for name in (newer, older):
+            elif node.target in (ops.cache_read, ops.cache_write, ops.cache_shift):
+                # (frame, slot, ...), of a shift (frame, newer, older)
+                names = node.args[1:3] if node.target is ops.cache_shift else node.args[1:2]
+                for name in names:
                     if name not in slots:
                         raise VerifyError(
                             f"{node.name}: slot {name!r} is not declared in the layout"
                         )
-                written.add(older)
+                (read if node.target is ops.cache_read else written).add(names[-1])
+                if node.target is ops.cache_write:
+                    _check_write(part, node, slots[names[-1]].dtype)
             elif node.op == "call_module":
                 _check_operands(node)
                 _check_region(getattr(part, str(node.target)), str(node.target))

@@ -1,6 +1,6 @@
 """Runs contenders in turns with plain torch.compile, and spends their tries.
 
-What they are is in benchmarks/rivals.py, what is made of their runs in benchmarks/peers.py.
+What they are is in benchmarks/contender.py, what is made of their runs in benchmarks/peers.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._dynamo.utils import (
     get_compilation_metrics,
 )
 
-from benchmarks import rivals
+from benchmarks.contender import Contender, Entry, Setting, compiled
 from benchmarks.quality import PSNR_LIMIT, Request, generate
 from benchmarks.testbed import Progress
 from examples.shapes.quality import psnr
@@ -62,7 +62,7 @@ class Arm:
 
     name: str
     value: Any
-    contender: rivals.Contender
+    contender: Contender
     runs: dict[Request, Run] = dataclasses.field(default_factory=dict)
     compiles: list[Compiles] = dataclasses.field(default_factory=list)
     failed: str = ""
@@ -85,10 +85,10 @@ class Arm:
 class Course:
     """Runs what is given to it in turns with plain torch.compile."""
 
-    def __init__(self, setting: rivals.Setting, progress: Progress) -> None:
+    def __init__(self, setting: Setting, progress: Progress) -> None:
         self.setting = setting
         self.progress = progress
-        self.plain = Arm(name="plain", value=None, contender=rivals.compiled(setting))
+        self.plain = Arm(name="plain", value=None, contender=compiled(setting))
         self.references: dict[Request, torch.Tensor] = {}
         progress("compiling the plain model")
         _, self.last = self.generate(self.plain, setting.tuning)
@@ -177,7 +177,7 @@ def choose(count: int, tried: Mapping[int, float]) -> int | None:
 
 def tune(
     course: Course,
-    entries: Mapping[str, rivals.Entry],
+    entries: Mapping[str, Entry],
     requests: Sequence[Request],
     points: int,
 ) -> tuple[list[Arm], dict[str, str]]:

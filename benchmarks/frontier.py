@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import cachepass
+from benchmarks.dials import adacache_fields, mixcache_fields
 from benchmarks.figures import Figure, Result, keep, table
+from benchmarks.lpips import Lpips
 from benchmarks.plot import draw
-from benchmarks.quality import PROMPTS, PSNR_LIMIT, build, generate, requests_of
-from benchmarks.rivals import adacache_fields, mixcache_fields
+from benchmarks.quality import PROMPTS, PSNR_LIMIT, Request, build, generate, requests_of
 from benchmarks.sampling import Estimate, bootstrap
 from benchmarks.testbed import Progress
 from cachepass.runtime.policies import for_model
@@ -107,6 +108,8 @@ class Video:
     motion: str
     psnr: float
     ssim: float
+    lpips: float | None
+    """Without weights for it there is none."""
     cost: float
     """Share of block work that was computed."""
     seconds: float
@@ -114,9 +117,10 @@ class Video:
     """Of the uncached video, made just before or after."""
 
 
-def measure(names: Sequence[str], prompts: int, seeds: int, progress: Progress) -> Result:
+def measure(
+    names: Sequence[str], requests: Sequence[Request], lpips: Lpips | None, progress: Progress
+) -> Result:
     """Make all videos."""
-    requests = requests_of(prompts, seeds)
     progress("compiling: plain")
     plain = build(None)
     references = [generate(plain, request)[0] for request in requests]
@@ -140,6 +144,7 @@ def measure(names: Sequence[str], prompts: int, seeds: int, progress: Progress) 
                         motion=request.prompt.split()[2],
                         psnr=min(psnr(video, references[i]), PSNR_LIMIT),
                         ssim=ssim(video, references[i]),
+                        lpips=lpips(video, references[i]) if lpips else None,
                         cost=report["blocks_computed"] / report["blocks"],
                         seconds=seconds,
                         plain_seconds=plain_seconds,
@@ -173,6 +178,8 @@ def _figures(name: str, made: Sequence[Video]) -> list[Figure]:
         Figure(name=f"{name}: SSIM", estimate=mean("ssim")),
         Figure(name=f"{name}: cost", estimate=mean("cost"), unit="of block work"),
     ]
+    if made[0].lpips is not None:
+        figures.append(Figure(name=f"{name}: LPIPS", estimate=mean("lpips")))
     for kind, slow in (("slow", True), ("fast", False)):
         some = [v for v in made if (v.motion in STILL) is slow]
         if some:
@@ -207,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     status = StatusLine()
     started = time.perf_counter()
-    result = measure(options.only, options.prompts, options.seeds, status.update)
+    requests = requests_of(options.prompts, options.seeds)
+    lpips = Lpips(options.lpips) if options.lpips else None
+    result = measure(options.only, requests, lpips, status.update)
     status.clear()
     keep(options.out, "frontier", result, time.perf_counter() - started)
     image = options.out.with_suffix(".png")
@@ -234,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", type=_names, default=list(KNOBS), metavar="A,B", help="policies")
     add("--prompts", type=int, default=4, help=f"at most {len(PROMPTS)}")
     add("--seeds", type=int, default=1, help="videos for each prompt")
+    add("--lpips", type=Path, metavar="FILE", help="weights, for LPIPS (benchmarks/lpips.py)")
     add("--out", type=Path, default=Path("benchmarks/results/frontier.json"))
     return parser
 

@@ -14,12 +14,11 @@ import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,45 +28,20 @@ from torch._dynamo.utils import (
 )
 
 import cachepass
-from benchmarks import rivals
-from benchmarks.baseline import at_cost, envelope
+from benchmarks import dials, rivals
+from benchmarks.compare import compare
+from benchmarks.contender import FULL_STEPS, Entry, Setting, bytes_held, compiled, uncached
 from benchmarks.course import SLOWEST, Arm, Course, best, reason, tune
 from benchmarks.figures import Figure, Result, keep, table
 from benchmarks.plot import SPEEDS, draw
 from benchmarks.quality import PROMPTS, PSNR_LIMIT, Request, generate
-from benchmarks.sampling import Estimate, bootstrap, interleave, ratio
+from benchmarks.sampling import Estimate, interleave, ratio
 from benchmarks.testbed import Progress
 from examples.shapes.demo import PROMPTS as TUNING_PROMPTS
 from examples.shapes.model import SIZES, load
 from examples.shapes.pipeline import GUIDANCE_SCALE
 from examples.shapes.progress import StatusLine
 from examples.shapes.quality import psnr
-
-
-class Curve:
-    """Quality over speed of one contender: the envelope of its arms, for any videos."""
-
-    def __init__(self, arms: Sequence[Arm]) -> None:
-        # Resamples are the same for all statistics of one set of videos.
-        @functools.cache
-        def points(requests: tuple[Request, ...]) -> list[tuple[float, float]]:
-            made = [arm.point(requests) for arm in arms if not arm.failed]
-            return envelope((-math.log(s), q) for s, q in made if s >= SLOWEST)
-
-        self.points = points
-
-    def at(self, speed: float, requests: Sequence[Request]) -> float:
-        """PSNR, linear over the logarithm of speed; NaN where it was not reached."""
-        return at_cost(self.points(tuple(requests)), -math.log(speed))
-
-    def speed(self, quality: float, requests: Sequence[Request]) -> float:
-        """The highest speed with at least a PSNR; NaN outside of what was measured."""
-        points = self.points(tuple(requests))
-        for (left, low), (right, high) in itertools.pairwise(points):
-            if low <= quality <= high:
-                share = (quality - low) / (high - low) if high > low else 0.0
-                return math.exp(-(left + share * (right - left)))
-        return math.nan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +74,7 @@ def look(course: Course, arm: Arm, request: Request) -> Look:
 
     def after_step(_: object, step: int, __: object, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal held
-        held = max(held, rivals.bytes_held(arm.contender.held()))
+        held = max(held, bytes_held(arm.contender.held()))
         calls.update((step, b) for b, reused in arm.contender.reused().items() if reused)
         return tensors
 
@@ -127,7 +101,7 @@ def same_decisions(course: Course, arm: Arm, seen: Look, request: Request, round
     if "mask" in arm.name:
         reuse = dict.fromkeys(sorted({step for step, _ in seen.calls}), "block")
         policy = cachepass.Schedule(reuse=reuse, blocks=(1, SIZES[course.setting.size].layers))
-    ours = Arm(name="ours", value=None, contender=rivals.cached(course.setting, policy))
+    ours = Arm(name="ours", value=None, contender=dials.cached(course.setting, policy))
     videos = [course.generate(each, request)[0] for each in (arm, ours)]
     seconds = interleave(
         {
@@ -155,91 +129,42 @@ SAME = (
 )
 
 
-def nearest(arms: Sequence[Arm], requests: Sequence[Request], speed: float = 2.0) -> Arm:
-    """The arm whose speed is nearest."""
-    return min(arms, key=lambda arm: abs(math.log(arm.point(requests)[0] / speed)))
+# The same method, ours first: what is kept for it is compared.
+METHODS = (
+    ("cachepass firstblock", "diffusers First-Block"),
+    ("cachepass firstblock", "ParaAttention First-Block"),
+    ("cachepass dbcache", "cache-dit DBCache whole"),
+    ("cachepass taylorseer", "diffusers TaylorSeer"),
+    ("cachepass magcache", "diffusers MagCache"),
+    ("cachepass pab", "diffusers PAB"),
+    ("cachepass fastercache", "diffusers FasterCache"),
+)
 
 
-def _estimate(requests: Sequence[Request], of: Callable[[Sequence[Request]], float]) -> Estimate:
-    """Over the videos; without a value there is no interval, either."""
-    estimate = bootstrap(requests, of)
-    nothing = Estimate(value=math.nan, low=math.nan, high=math.nan)
-    return nothing if math.isnan(estimate.value) else estimate
-
-
-def _ahead(ours: Curve, theirs: Curve, speed: float, requests: Sequence[Request]) -> float:
-    """How many dB ours is better at a speed."""
-    return ours.at(speed, requests) - theirs.at(speed, requests)
-
-
-def _faster(ours: Curve, theirs: Curve, speed: float, requests: Sequence[Request]) -> float:
-    """How many times as fast ours is at the quality that theirs has at a speed."""
-    return ours.speed(theirs.at(speed, requests), requests) / speed
-
-
-def compare(
-    arms: Sequence[Arm],
-    entries: Mapping[str, rivals.Entry],
-    tuning: Sequence[Request],
-    test: Sequence[Request],
-) -> list[Figure]:
-    """All figures of speed and quality, on the videos that nothing was tuned with."""
-    of = {name: [arm for arm in arms if arm.name == name and not arm.failed] for name in entries}
-    curves = {n: Curve(of[n]) for n, e in entries.items() if e.side != "baseline" and of[n]}
-    figures = [
-        Figure(name=f"{name}: speedup", estimate=_estimate(test, arm.speedup))
-        for name, entry in entries.items()
-        if entry.side == "baseline"
-        for arm in of[name]
-    ]
-    for name, curve in curves.items():
-        speeds = [arm.point(test)[0] for arm in of[name]]
-        figures += [
-            Figure(
-                name=f"{name}: PSNR at {speed:g}x",
-                estimate=_estimate(test, functools.partial(curve.at, speed)),
-                unit="dB",
-                note=f"measured from {min(speeds):.2f}x to {max(speeds):.2f}x",
-            )
-            for speed in SPEEDS
-        ]
-
-    def leader(side: str, speed: float) -> str | None:
-        """Chosen where they were tuned: picked on the test videos, it would be flattered."""
-        there = {n: c.at(speed, tuning) for n, c in curves.items() if entries[n].side == side}
-        reached = {name: value for name, value in there.items() if not math.isnan(value)}
-        return max(reached, key=lambda name: reached[name]) if reached else None
-
-    for speed in SPEEDS:
-        us, them = leader("ours", speed), leader("peer", speed)
-        if us and them:
+def memory(held: Mapping[str, int]) -> list[Figure]:
+    """Bytes that a peer keeps over ours."""
+    figures = []
+    for ours, peer in METHODS:
+        if held.get(ours) and held.get(peer):
+            times = held[peer] / held[ours]
             figures.append(
                 Figure(
-                    name=f"best of ours over best peer at {speed:g}x",
-                    estimate=_estimate(
-                        test, functools.partial(_ahead, curves[us], curves[them], speed)
-                    ),
-                    unit="dB",
-                    note=f"{us}; {them}",
-                )
-            )
-    them = leader("peer", 2.0)
-    for name, curve in curves.items():
-        if them and entries[name].side == "ours":
-            figures.append(
-                Figure(
-                    name=f"{name}: speed at the PSNR of the best peer at 2x, over 2",
-                    estimate=_estimate(test, functools.partial(_faster, curve, curves[them], 2.0)),
-                    unit="x",
-                    note=them,
+                    name=f"bytes held: {peer} / {ours}",
+                    estimate=Estimate(value=times, low=times, high=times),
+                    at_least=1.0,
                 )
             )
     return figures
 
 
+def nearest(arms: Sequence[Arm], requests: Sequence[Request], speed: float = 2.0) -> Arm:
+    """The arm whose speed is nearest."""
+    return min(arms, key=lambda arm: abs(math.log(arm.point(requests)[0] / speed)))
+
+
 def measure(
-    setting: rivals.Setting,
-    entries: Mapping[str, rivals.Entry],
+    setting: Setting,
+    entries: Mapping[str, Entry],
     tuning: Sequence[Request],
     test: Sequence[Request],
     options: argparse.Namespace,
@@ -269,6 +194,7 @@ def measure(
                 figures.append(same_decisions(course, arm, seen, tuning[0], options.rounds))
         except Exception as error:  # hours of other figures are not to be lost for it
             failures[name] = f"looking into it: {reason(error)}"
+    figures += memory(held)
     counts = {
         name: {
             "graph breaks": max(arm.compiles[0].breaks for arm in there[name]),
@@ -279,8 +205,8 @@ def measure(
         }
         for name in middle
     }
-    for name in [] if options.only else rivals.without_dial():
-        failures.setdefault(f"cachepass {name}", "no knob in benchmarks/rivals.py")
+    for name in [] if options.only else dials.without_dial():
+        failures.setdefault(f"cachepass {name}", "no knob in benchmarks/dials.py")
     return Result(
         figures=figures,
         details={
@@ -356,10 +282,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def contenders() -> dict[str, Entry]:
+    """All by name."""
+    baselines = {
+        "eager": Entry("baseline", uncached),
+        "plain again": Entry("baseline", compiled, note="the null"),
+    }
+    return baselines | rivals.entries() | dials.entries()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     options = _parser().parse_args(arguments)
-    every = rivals.entries()
+    every = contenders()
     entries = {
         name: entry
         for name, entry in every.items()
@@ -378,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for prompt in PROMPTS[: options.prompts]
         for seed in range(options.seeds)
     ]
-    setting = rivals.Setting(
+    setting = Setting(
         size=options.size,
         steps=options.steps,
         tuning=tuning[0],
@@ -416,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--points", type=int, default=6, help="tries of each contender")
     add("--rounds", type=int, default=10, help="of the same decisions on both sides")
     add("--only", nargs="+", metavar="NAME", help="contenders whose names hold a text")
-    add("--steps", type=int, default=rivals.FULL_STEPS)
+    add("--steps", type=int, default=FULL_STEPS)
     add("--size", choices=tuple(SIZES), default="large")
     add("--out", type=Path, default=Path("benchmarks/results/peers.json"))
     return parser

@@ -20,6 +20,7 @@ from cachepass import capture
 from cachepass.adapters import diffusers as pipelines
 from cachepass.errors import CachePassError, PolicyError, SessionError
 from cachepass.ir.printer import format_graph
+from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler, lower
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
@@ -33,6 +34,7 @@ from cachepass.runtime.session import Session
 
 M = TypeVar("M")
 Inner = Literal["inductor", "eager"]
+Lowering = Literal["regions", "graph"]
 
 
 def compile(
@@ -40,7 +42,7 @@ def compile(
     *,
     policy: str | os.PathLike[str] | AnyPolicy | SRDiffusion = "mixcache",
     options: dict[str, Any] | None = None,
-    lowering: Literal["regions"] = "regions",
+    lowering: Lowering = "regions",
     mode: str | None = None,
     dynamic: bool | None = None,
     guidance: Guidance | None = None,
@@ -70,8 +72,10 @@ def compile(
         PolicyError: unknown policy or option, with the valid ones.
         CaptureError: at the first call, if the call cannot be captured or has no blocks.
     """
-    if lowering != "regions":
-        raise CachePassError(f"unknown `lowering`={lowering!r}: must be 'regions'")
+    if lowering not in get_args(Lowering):
+        raise CachePassError(
+            f"unknown `lowering`={lowering!r}: must be one of {', '.join(get_args(Lowering))}"
+        )
     if inner not in ("inductor", "eager"):
         raise CachePassError(f"unknown `inner`={inner!r}: must be 'inductor' or 'eager'")
     if guidance not in (None, *get_args(Guidance)):
@@ -98,6 +102,7 @@ def compile(
         return CachedModule(
             module,
             policy=chosen,
+            lowering=lowering,
             mode=mode,
             dynamic=dynamic,
             guidance=guidance,
@@ -157,6 +162,7 @@ class CachedModule(OptimizedModule):
         model: nn.Module,
         *,
         policy: AnyPolicy,
+        lowering: Lowering,
         mode: str | None,
         dynamic: bool | None,
         guidance: Guidance | None,
@@ -164,8 +170,8 @@ class CachedModule(OptimizedModule):
         dump: str | os.PathLike[str] | None,
     ) -> None:
         denoiser = Denoiser(for_model(policy, model), described=repr(policy))
-        compiler = RegionCompiler(mode)
-        backend = _backend(denoiser, compiler, inner, dump, _parameters(model))
+        lower_to = GraphCompiler(mode, inner) if lowering == "graph" else RegionCompiler(mode)
+        backend = _backend(denoiser, lower_to, inner, dump, _parameters(model))
         marked = "_is_torch_compile" in vars(model)
         # Isolated: two models of equal config would share dynamo's entries otherwise, and
         # weights are inputs of the graph.
@@ -248,7 +254,7 @@ def _parameters(model: nn.Module) -> tuple[str, ...]:
 
 def _backend(
     denoiser: Denoiser,
-    compiler: RegionCompiler,
+    compiler: RegionCompiler | GraphCompiler,
     inner: Inner,
     dump: str | os.PathLike[str] | None,
     parameters: Sequence[str],
@@ -256,9 +262,12 @@ def _backend(
     """The backend that dynamo hands a captured call to."""
 
     def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
-        if inner == "eager":
+        if isinstance(compiler, GraphCompiler):
+            driver = compiler(gm, args, denoiser.policy)
+        elif inner == "eager":
             return gm.forward
-        driver = lower(gm, args, compiler)
+        else:
+            driver = lower(gm, args, compiler)
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
         return driver
 

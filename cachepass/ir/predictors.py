@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -84,6 +84,16 @@ class Predictor(abc.ABC):
 
         Values that are not there yet (`kept` is shorter than `history`) get no weight.
         """
+
+    def traced_weights(self, moment: Moment) -> Sequence[float | Tensor] | None:
+        """`weights` where the numbers of the moment are (rows,) float64 tensors.
+
+        Plain arithmetic serves both; a rule that branches on a number needs one of its own.
+
+        Raises:
+            PolicyError: the predictor has none.
+        """
+        return self.weights(moment)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,6 +211,13 @@ class TwoAnchor(Predictor):
         gamma = min(max(trend, low), high)
         return (gamma, 1 - gamma)
 
+    def traced_weights(self, moment: Moment) -> Sequence[float | Tensor]:
+        if len(moment.kept) < 2:
+            return (1.0, 0.0)
+        trend: Any = moment.ratios[self.signal]
+        gamma = torch.where(trend.isnan(), 1.0, trend.clamp(*self.bounds))
+        return (gamma, 1 - gamma)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrequencySplit(Predictor):
@@ -234,6 +251,45 @@ class FrequencySplit(Predictor):
             self.growth ** sum(low < t < high for t in since)
             for low, high in (self.low_window, self.high_window)
         )
+
+    def traced_weights(self, moment: Moment) -> Sequence[float | Tensor]:
+        raise PolicyError(
+            "FrequencySplit counts the timesteps since a value was kept, which a graph does not "
+            "keep: use lowering='regions', or another predictor"
+        )
+
+
+def traced_weights(
+    predictor: Predictor, step: Tensor, tags: Sequence[Tensor], ratios: Mapping[str, Tensor]
+) -> Tensor:
+    """`Predictor.weights` as a tensor, however many values were kept.
+
+    Args:
+        predictor: whose weights.
+        step: () int64.
+        tags: of each kept value, newest first, (rows,) int64: the step of it plus 1, 0 for none.
+        ratios: as in `Moment`, (rows,) float64.
+
+    Returns:
+        (rows, number of kept values) float32.
+    """
+    kept = [(tag - 1).double() for tag in tags]
+    chosen: Tensor | None = None
+    for count in range(1, len(tags) + 1):
+        moment: Any = Moment(
+            step=step.double(),  # type: ignore[arg-type]
+            kept=tuple(kept[:count]),  # type: ignore[arg-type]
+            timesteps={},
+            ratios=ratios,  # type: ignore[arg-type]
+        )
+        numbers = predictor.traced_weights(moment)
+        assert numbers is not None  # else the newest stands in as it is, and nobody asks
+        rows = [torch.as_tensor(n, device=step.device).expand_as(kept[0]) for n in numbers]
+        weights = torch.stack([row.double() for row in rows], dim=1).float()
+        known = (tags[count - 1] > 0)[:, None]
+        chosen = weights if chosen is None else torch.where(known, weights, chosen)
+    assert chosen is not None
+    return chosen
 
 
 def low_band(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Blocks, Cfg, Kind, Signal, Site, Sublayers, WholeCall
 from cachepass.ir.predictors import LAST, RESIDUAL, Predictor, Taylor
+from cachepass.runtime.traced import Choice, Dtypes, State, TracedFacts
 
 COMPUTE: frozenset[str] = frozenset()
 """The decision to reuse nothing: a full call, at which caches are refreshed."""
@@ -118,6 +119,22 @@ class Trigger(abc.ABC):
         `state` is None at the first call of a row. Reuse only ever happens at sites in
         `facts.warm`; a rule that names others gets COMPUTE there.
         """
+
+    @property
+    def traced_state(self) -> Dtypes:
+        """Names and dtypes of what `traced` keeps from call to call, one value per row."""
+        return {}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        """The rule in tensor code, for all rows at once: see `runtime.traced`.
+
+        Raises:
+            PolicyError: the trigger has none, and so can decide on the host only.
+        """
+        raise PolicyError(
+            f"{type(self).__name__} has no rule in tensor code, which lowering='graph' and "
+            "exported programs need: give it `traced`, or use lowering='regions'"
+        )
 
 
 _ATTENTION = (

@@ -82,6 +82,8 @@ class Session:
         self.slots: dict[tuple[str | None, str], Kept] = {}
         self.signals: dict[tuple[str | None, str], list[Observation | None]] = {}
         """The last observation of each row."""
+        self.tensors: dict[tuple[str | None, str], Tensor] = {}
+        """All state of a program that decides itself (`lowering.graph`), in place of the above."""
         self.states: dict[tuple[str | None, int], Any] = {}
         self.timesteps: dict[int, list[float]] = {}
         """Of each step so far, per row; kept for policies that look at them."""
@@ -178,6 +180,7 @@ class Session:
         """Forget all that was cached and decided; the history stays."""
         self.slots.clear()
         self.signals.clear()
+        self.tensors.clear()
         self.states.clear()
         self.timesteps.clear()
         self.skipped_uncond_at = -1
@@ -237,8 +240,8 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes held by the slots now; a value that has moved to an older slot counts once."""
-        held = {id(k.value): k.value.numel() * k.value.element_size() for k in self.slots.values()}
-        return sum(held.values())
+        values = [*(kept.value for kept in self.slots.values()), *self.tensors.values()]
+        return sum({id(v): v.numel() * v.element_size() for v in values}.values())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,10 +6,14 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
 
 from cachepass.ir.boundary import Against, LatentChange, OutputChange, Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check
+from cachepass.runtime.traced import Choice, Dtypes, State, TracedFacts, nested, within
 
 
 class Estimate(abc.ABC):
@@ -25,6 +29,15 @@ class Estimate(abc.ABC):
     @abc.abstractmethod
     def add(self, facts: Facts, state: Any) -> tuple[float, Any]:
         """The error of this call (NaN computes), and the state, None after a computed call."""
+
+    @property
+    def traced_state(self) -> Dtypes:
+        """As `Trigger.traced_state`; zeros after a computed call."""
+        return {}
+
+    @abc.abstractmethod
+    def traced_add(self, facts: TracedFacts, state: State) -> tuple[Tensor, State]:
+        """`add` for all rows: (rows,) float64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,17 @@ class Accumulated(Trigger):
             return COMPUTE, (0.0, None)
         return facts.warm, (error, own)
 
+    @property
+    def traced_state(self) -> Dtypes:
+        return {"error": torch.float64, **nested("estimate", self.estimate.traced_state)}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        added, own = self.estimate.traced_add(facts, within("estimate", state))
+        error = state["error"] + added
+        small = facts.any_warm & (error < self.threshold)
+        new = {"error": error, **nested("estimate", own)}
+        return facts.reuse(small), {n: torch.where(small, v, 0) for n, v in new.items()}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Relative(Estimate):
@@ -81,6 +105,9 @@ class Relative(Estimate):
 
     def add(self, facts: Facts, state: Any) -> tuple[float, Any]:
         return polynomial(self.coefficients, facts.signal(self.signal.name).rel), None
+
+    def traced_add(self, facts: TracedFacts, state: State) -> tuple[Tensor, State]:
+        return polynomial(self.coefficients, facts.signals[self.signal.name].rel), {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +138,18 @@ class MagnitudeRatio(Estimate):
         product = (1.0 if state is None else state) * resampled(ratios, facts.step, facts.num_steps)
         return abs(1 - product), product
 
+    @property
+    def traced_state(self) -> Dtypes:
+        return {"drift": torch.float64}  # the product less 1
+
+    def traced_add(self, facts: TracedFacts, state: State) -> tuple[Tensor, State]:
+        ratio = traced_resampled(self.ratios, facts.step, facts.num_steps)
+        if self.uncond_ratios:
+            apart = traced_resampled(self.uncond_ratios, facts.step, facts.num_steps)
+            ratio = torch.where(facts.uncond, apart, ratio)
+        drift = (1 + state["drift"]) * ratio - 1
+        return drift.abs(), {"drift": drift}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformRate(Estimate):
@@ -137,10 +176,20 @@ class TransformRate(Estimate):
             return math.nan, None
         return output.diff / at_full.diff * now.diff / output.ref, None
 
+    def traced_add(self, facts: TracedFacts, state: State) -> tuple[Tensor, State]:
+        now, at_full = facts.signals["latent"], facts.signals["latent at full"]
+        output = facts.signals["output"]
+        told = (at_full.diff > 0) & (output.ref > 0)
+        change = output.diff / at_full.diff * now.diff / output.ref
+        return torch.where(told, change, torch.nan), {}
 
-def polynomial(coefficients: Sequence[float], x: float) -> float:
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def polynomial(coefficients: Sequence[float], x: Number) -> Number:
     """Value of a polynomial, highest power first (as numpy.polyval has it)."""
-    value = 0.0
+    value = 0.0 * x
     for c in coefficients:
         value = value * x + c
     return value
@@ -151,3 +200,13 @@ def resampled(values: Sequence[float], step: int, num_steps: int) -> float:
     if num_steps <= 1 or len(values) == num_steps:
         return values[min(step, len(values) - 1)]
     return values[round(step * (len(values) - 1) / (num_steps - 1))]
+
+
+def traced_resampled(values: Sequence[float], step: Tensor, num_steps: Tensor) -> Tensor:
+    """`resampled` of () tensors."""
+    table = torch.tensor(values, dtype=torch.float64, device=step.device)
+    last = len(values) - 1
+    scaled = step * last / (num_steps - 1).double()
+    as_they_are = (num_steps <= 1) | (num_steps == len(values))
+    place = torch.where(as_they_are, step.double(), scaled.round())
+    return table[place.clamp(0, last).to(torch.int64)]

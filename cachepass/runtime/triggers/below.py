@@ -7,6 +7,7 @@ from typing import Any
 
 from cachepass.ir.boundary import Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check
+from cachepass.runtime.traced import Choice, State, TracedFacts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,3 +26,6 @@ class Below(Trigger):
     def decide(self, facts: Facts, state: Any) -> Decision:
         small = facts.signal(self.signal.name).rel <= self.threshold
         return (facts.warm if small else COMPUTE), state
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        return facts.reuse(facts.signals[self.signal.name].rel <= self.threshold), state

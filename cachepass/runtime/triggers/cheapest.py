@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cachepass.ir.boundary import CacheChange, Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check
+from cachepass.runtime.traced import Choice, Dtypes, State, TracedFacts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,6 +101,53 @@ class Cheapest(Trigger):
         error *= self.repeat_penalty if site == row.chosen else 1.0
         return math.inf if math.isnan(error) else error
 
+    @property
+    def traced_state(self) -> Dtypes:
+        """`CheapestState`, less what it starts with; `chosen` is the place of a site, from 1."""
+        return dict.fromkeys(("enabled", "full", "interval", "chosen", "judged"), torch.int64)
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        measures = [facts.signals[site] for site in self.influence]
+        there = torch.stack([facts.warm[site] for site in self.influence], dim=1)
+        settled = measures[0].rel / measures[0].gap < self.settled
+        late = facts.step >= self.latest_start * facts.num_steps.double()
+        some = there.any(dim=1)
+        enabled = (state["enabled"] > 0) | (some & (settled | late))
+
+        full, chosen, judged = state["full"], state["chosen"], state["judged"] - 1
+        last = (chosen - 1).clamp(min=0)[:, None]
+        changes = torch.stack([m.rel for m in measures], dim=1)
+        steps = torch.stack([m.step for m in measures], dim=1)
+        due = (chosen > 0) & (judged < full) & (steps.gather(1, last)[:, 0] == full)
+        interval = state["interval"] + self.start_interval
+        adapted = traced_adapt(
+            interval, changes.gather(1, last)[:, 0],
+            low=self.lengthen, high=self.shorten, bounds=self.interval,
+        )  # fmt: skip
+        interval, judged = torch.where(due, adapted, interval), torch.where(due, full, judged)
+
+        reuse = enabled & some & (facts.step < full + interval)
+        gaps = torch.stack([m.gap for m in measures], dim=1)
+        influence = torch.tensor(
+            list(self.influence.values()), dtype=torch.float64, device=full.device
+        )
+        place = torch.arange(1, len(measures) + 1, device=full.device)
+        penalty = torch.where(chosen[:, None] == place, self.repeat_penalty, 1.0)
+        errors = (changes / gaps * influence * penalty).nan_to_num(nan=_MOST, posinf=_MOST)
+        cheapest = torch.where(there, errors, torch.inf).argmin(dim=1) + 1
+        choice = {site: reuse & (cheapest == i) for i, site in enumerate(self.influence, 1)}
+        return choice, {
+            "enabled": enabled.to(torch.int64),
+            "full": torch.where(reuse, full, facts.step),
+            "interval": interval - self.start_interval,
+            "chosen": torch.where(reuse, cheapest, chosen),
+            "judged": torch.where(reuse, full, judged) + 1,
+        }
+
+
+_MOST = torch.finfo(torch.float64).max
+"""An error that is not known: more than any other, less than that of a site that is cold."""
+
 
 def adapt_interval(
     interval: int, deviation: float, *, low: float, high: float, bounds: tuple[int, int]
@@ -108,3 +159,12 @@ def adapt_interval(
     if not deviation <= high:
         return max(bounds[0], interval - 1)
     return min(bounds[1], interval + 1) if deviation < low else interval
+
+
+def traced_adapt(
+    interval: Tensor, deviation: Tensor, *, low: float, high: float, bounds: tuple[int, int]
+) -> Tensor:
+    """`adapt_interval` of (rows,) values."""
+    shorter, longer = (interval - 1).clamp(min=bounds[0]), (interval + 1).clamp(max=bounds[1])
+    kept = torch.where(deviation < low, longer, interval)
+    return torch.where(deviation <= high, kept, shorter)

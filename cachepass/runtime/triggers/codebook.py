@@ -7,8 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cachepass.ir.boundary import Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check
+from cachepass.runtime.traced import Choice, Dtypes, State, TracedFacts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,35 @@ class Codebook(Trigger):
             return COMPUTE, dataclasses.replace(row, last=facts.step)
         return facts.warm, row
 
+    @property
+    def traced_state(self) -> Dtypes:
+        """`CodebookState`, less what it starts with."""
+        whole, real = torch.int64, torch.float64
+        return {"last": whole, "rate": whole, "motion": real, "seen": whole}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        start = CodebookState()
+        rate, seen = state["rate"] + start.rate, state["seen"] + start.seen
+        motion, measure = state["motion"] + start.motion, facts.signals[self.signal.name]
+        change, moved = measure.rel / measure.gap, motion
+        if self.motion is not None:
+            low, high = (share * facts.num_steps.double() for share in self.motion.window)
+            inside = (low < measure.step + 1) & (measure.step + 1 < high)
+            inside = inside & ~measure.second.isnan()
+            scaled = (measure.second / self.motion.scale) ** self.motion.power
+            gradient = self.motion.gradient * (scaled - motion) / rate
+            moved = torch.where(inside, scaled, motion)
+            change = torch.where(inside, change * (scaled + gradient.abs()), change)
+        fresh = (measure.step > seen) & ~measure.rel.isnan()
+        rate = torch.where(fresh, traced_look_up(self.codebook, change), rate)
+        goes_on = facts.any_warm & (facts.step < state["last"] + rate)
+        return facts.reuse(goes_on), {
+            "last": torch.where(goes_on, state["last"], facts.step),
+            "rate": rate - start.rate,
+            "motion": torch.where(fresh, moved, motion) - start.motion,
+            "seen": torch.where(fresh, measure.step, seen) - start.seen,
+        }
+
 
 def look_up(codebook: Sequence[tuple[float, int]], x: float) -> int:
     """The rate of the first entry whose bound lies above `x`, else of the last one.
@@ -94,3 +127,11 @@ def look_up(codebook: Sequence[tuple[float, int]], x: float) -> int:
     if math.isnan(x):
         return min(rate for _, rate in codebook)
     return next((rate for bound, rate in codebook if x < bound), codebook[-1][1])
+
+
+def traced_look_up(codebook: Sequence[tuple[float, int]], x: Tensor) -> Tensor:
+    """`look_up` of (rows,) values."""
+    rate = torch.full_like(x, codebook[-1][1], dtype=torch.int64)
+    for bound, smaller in reversed(codebook):
+        rate = torch.where(x < bound, smaller, rate)
+    return torch.where(x.isnan(), min(rate for _, rate in codebook), rate)

@@ -7,8 +7,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from cachepass.ir.boundary import Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check, share_of
+from cachepass.runtime.traced import (
+    Choice,
+    Dtypes,
+    State,
+    TracedFacts,
+    any_of,
+    nested,
+    within,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +104,33 @@ class Limited(Around):
         reused = choice & seen.warm
         return reused, (row + 1 if reused else 0, total + bool(reused), inner)
 
+    @property
+    def traced_state(self) -> Dtypes:
+        counts = {"row": self.max_in_a_row, "total": self.max_in_all}
+        own = {name: torch.int64 for name, most in counts.items() if most is not None}
+        return {**own, **nested("inner", self.trigger.traced_state)}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        warmup = facts.steps_of(self.warmup_steps).clamp(min=self.warmup_at_least)
+        allowed = facts.step >= warmup
+        if self.last:
+            from_end = (facts.num_steps >= 0) & (facts.step >= facts.num_steps - self.last)
+            allowed = allowed & ~from_end
+        allowed = allowed | facts.nothing
+        if self.max_in_a_row is not None:
+            allowed = allowed & (state["row"] < self.max_in_a_row)
+        if self.max_in_all is not None:
+            allowed = allowed & (state["total"] < self.max_in_all)
+        seen = facts.where(allowed)
+        choice, inner = self.trigger.traced(seen, within("inner", state))
+        reused = {name: mask & seen.warm[name] for name, mask in choice.items()}
+        some, new = any_of(reused, facts.nothing), nested("inner", inner)
+        if "row" in state:
+            new["row"] = torch.where(some, state["row"] + 1, 0)
+        if "total" in state:
+            new["total"] = state["total"] + some
+        return reused, new
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windowed(Around):
@@ -123,6 +161,17 @@ class Windowed(Around):
             facts = dataclasses.replace(facts, warm=frozenset())
         choice, state = self.trigger.decide(facts, state)
         return choice & facts.warm, state
+
+    @property
+    def traced_state(self) -> Dtypes:
+        return self.trigger.traced_state
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        low, high = self.timesteps
+        inside = (low < facts.timestep) & (facts.timestep < high)
+        seen = facts.where(inside & (facts.step >= facts.steps_of(self.start)))
+        choice, state = self.trigger.traced(seen, state)
+        return {name: mask & seen.warm[name] for name, mask in choice.items()}, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,4 +217,18 @@ class PerSite(Trigger):
             own = dataclasses.replace(facts, warm=facts.warm & {name}, sites=frozenset({name}))
             choice, states[name] = trigger.decide(own, states.get(name))
             choices |= choice & {name}
+        return choices, states
+
+    @property
+    def traced_state(self) -> Dtypes:
+        triggers = self.triggers.items()
+        return {k: v for name, t in triggers for k, v in nested(name, t.traced_state).items()}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        choices, states = {}, {}
+        for name, trigger in self.triggers.items():
+            own = dataclasses.replace(facts, warm={name: facts.warm[name]})
+            choice, inner = trigger.traced(own, within(name, state))
+            choices |= {site: mask for site, mask in choice.items() if site == name}
+            states |= nested(name, inner)
         return choices, states

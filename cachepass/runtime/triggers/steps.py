@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check
+from cachepass.runtime.traced import Choice, Dtypes, State, TracedFacts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,9 @@ class Never(Trigger):
 
     def decide(self, facts: Facts, state: Any) -> Decision:
         return COMPUTE, state
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        return {}, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,14 @@ class AtSteps(Trigger):
     def decide(self, facts: Facts, state: Any) -> Decision:
         return frozenset(self.reuse.get(facts.step, ())), state
 
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        choice = {}
+        for name in sorted(self.names):
+            steps = [step for step, names in self.reuse.items() if name in names]
+            now = (torch.tensor(steps, device=facts.step.device) == facts.step).any()
+            choice[name] = facts.nothing | now
+        return choice, state
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Periodic(Trigger):
@@ -57,3 +71,13 @@ class Periodic(Trigger):
         if due or not facts.warm:
             return COMPUTE, 0
         return facts.warm, reused + 1
+
+    @property
+    def traced_state(self) -> Dtypes:
+        return {} if self.absolute else {"reused": torch.int64}
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        if self.absolute:
+            return facts.reuse(facts.step % self.period != 0), state
+        goes_on = (state["reused"] < self.period - 1) & facts.any_warm
+        return facts.reuse(goes_on), {"reused": torch.where(goes_on, state["reused"] + 1, 0)}

@@ -21,6 +21,7 @@ from cachepass.errors import (
     SessionError as SessionError,
     VerifyError as VerifyError,
 )
+from cachepass.export import export as export
 
 # Where: sites; and what can be measured.
 from cachepass.ir.boundary import (

@@ -23,6 +23,7 @@ from cachepass.runtime.policy import (
     Policy,
     Trigger,
 )
+from cachepass.runtime.traced import Choice, State, TracedFacts
 from tests.models import TOY, Tiny, as_tensor
 
 
@@ -87,6 +88,12 @@ class Scripted(Trigger):
         key = (facts.step, facts.branch)
         row = self.asked[key] = self.asked.get(key, -1) + 1
         return frozenset(self.table.get((*key, row), ())), state
+
+    def traced(self, facts: TracedFacts, state: State) -> Choice:
+        """For graphs that run eagerly: the table is looked at in every call."""
+        key = int(facts.step), "uncond" if facts.uncond else "cond"
+        rows = [self.table.get((*key, row), set()) for row in range(len(facts.nothing))]
+        return {site: torch.tensor([site in row for row in rows]) for site in facts.warm}, state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

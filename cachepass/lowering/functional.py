@@ -221,7 +221,7 @@ class _Writer:
         if name not in scope.state:
             if name not in self.initial:
                 self.entries[name] = self._entry(name)
-                self.initial[name] = self.root.placeholder(_identifier(name))
+                self.initial[name] = self.root.placeholder("state_" + identifier(name))
             return self.initial[name]
         return scope.state[name]
 
@@ -314,9 +314,7 @@ class _Writer:
             mask = scope.active if self.policy.trigger.independent else self.full
         if when is not When.FULL:
             seen = self._state(scope, SEEN)
-            mask = scope.call(
-                tensors.lets, when, self.step, self.branch, seen, self.input, mask
-            )
+            mask = scope.call(tensors.lets, when, self.step, self.branch, seen, self.input, mask)
         outer, scope.writing = scope.writing, mask
         self.run(arm, scope, _given(arm, operands))
         scope.writing = outer
@@ -384,5 +382,6 @@ def _attach(scope: Scope, arm: Scope, operands: Sequence[fx.Node], hint: str) ->
     return name
 
 
-def _identifier(name: str) -> str:
-    return "state_" + "".join(c if c.isalnum() else "_" for c in name)
+def identifier(name: str) -> str:
+    """A name of the state, as an identifier."""
+    return "".join(c if c.isalnum() else "_" for c in name)

@@ -1,0 +1,134 @@
+"""lowering="graph": the decisions and outputs of lowering="regions", from one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import cachepass
+from cachepass.errors import CachePassError, PolicyError
+from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
+from cachepass.runtime.session import Session
+from tests.graphs import Script
+from tests.models import WAN, distance
+from tests.requests import BOTH, decisions, run
+
+# Random decisions may well be to compute.
+pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
+
+STEPS = 20
+RATIOS = (1.0, 1.01, 1.0, 0.99, 0.98, 0.95, 0.9, 0.82)
+POLICIES: list[cachepass.NamedPolicy] = [
+    cachepass.Schedule(reuse={2: "stack", 3: "cfg", 4: ("attention", "mlp"), 6: "step"}),
+    cachepass.FirstBlock(threshold=0.3, warmup_steps=1),
+    cachepass.TeaCache(threshold=0.3, warmup_steps=1),
+    cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1))),
+    cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
+    cachepass.EasyCache(threshold=0.5, warmup_steps=1),
+    cachepass.DBCache(threshold=0.3, front=1, warmup_steps=1),
+    cachepass.DiCache(threshold=0.5),
+    cachepass.TaylorSeer(interval=3, order=2),
+    cachepass.MagCache(ratios=RATIOS, threshold=0.1),
+    cachepass.PAB(),
+]
+
+
+def both(
+    policy: cachepass.NamedPolicy, inner: Any = "eager", **options: Any
+) -> tuple[Session, Session]:
+    """A request under each lowering; the outputs are compared."""
+    regions = cachepass.compile(WAN.model(), policy=policy, inner=inner)
+    graph = cachepass.compile(WAN.model(), policy=policy, lowering="graph", inner=inner)
+    expected, theirs = run(regions, steps=STEPS, **options)
+    outputs, ours = run(graph, steps=STEPS, **options)
+    for got, want in zip(outputs, expected, strict=True):
+        assert distance(got, want) < 1e-5
+    return theirs, ours
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_decides_and_computes_as_regions_do(policy: cachepass.NamedPolicy) -> None:
+    theirs, ours = both(policy)
+    assert decisions(ours) == decisions(theirs)
+    assert {bool(names) for _, _, names in decisions(ours)} == {False, True}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_compiled_as_well(policy: cachepass.NamedPolicy) -> None:
+    theirs, ours = both(policy, inner="inductor")
+    assert decisions(ours) == decisions(theirs)
+
+
+def test_one_program_is_compiled() -> None:
+    policy = cachepass.FirstBlock(threshold=0.3, warmup_steps=1)
+    theirs, ours = both(policy, inner="inductor")
+    assert decisions(ours) == decisions(theirs)
+    assert cachepass.report(ours).to_dict()["compiles"]["regions"] == 1
+
+
+SITES: tuple[Site, ...] = (
+    WholeCall(),
+    Cfg(),
+    Blocks(),
+    Blocks(name="block", start=1, stop=3),
+    Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)),
+    Sublayers(name="mlp", kinds=(Kind.MLP,)),
+)
+NAMES = [site.name for site in SITES]
+ROWS = 2
+_CACHE: dict[Any, tuple[Any, Any, Script]] = {}
+
+
+@pytest.mark.parametrize("predictor", [None, cachepass.Taylor(order=2)], ids=["usual", "taylor"])
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    table=st.dictionaries(
+        st.tuples(st.integers(0, 4), st.sampled_from(BOTH), st.integers(0, ROWS - 1)),
+        st.sets(st.sampled_from(NAMES), max_size=2),
+    )
+)
+def test_rows_decide_on_their_own(
+    predictor: cachepass.Predictor | None, table: dict[tuple[int, str, int], set[str]]
+) -> None:
+    if predictor not in _CACHE:  # capturing is what takes time
+        policy = Script(places=SITES, predictor=predictor)
+        models = [
+            cachepass.compile(WAN.model(), policy=policy, lowering=lowering, inner="eager")
+            for lowering in ("regions", "graph")
+        ]
+        _CACHE[predictor] = (*models, policy)
+    regions, graph, policy = _CACHE[predictor]
+    policy.begin(table)
+    expected, theirs = run(regions, steps=5, rows=ROWS)
+    outputs, ours = run(graph, steps=5, rows=ROWS)
+    for row in range(ROWS):
+        assert decisions(ours, row) == decisions(theirs, row)
+    for got, want in zip(outputs, expected, strict=True):
+        assert distance(got, want) < 1e-5
+
+
+def test_state_goes_with_the_session() -> None:
+    policy = cachepass.TaylorSeer(interval=3)
+    model = cachepass.compile(WAN.model(), policy=policy, lowering="graph", inner="eager")
+    first, session = run(model, steps=6)
+    assert session.cache_bytes > 0
+    cachepass.reset(model)
+    assert session.cache_bytes == 0
+    again, _ = run(model, steps=6)
+    assert all(map(lambda a, b: bool((a == b).all()), first, again))
+
+
+def test_what_needs_the_host_is_an_error_that_says_so() -> None:
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.FasterCache(), lowering="graph", inner="eager"
+    )
+    with pytest.raises(PolicyError, match=r"FrequencySplit counts the timesteps.*'regions'"):
+        run(model, steps=2)
+
+
+def test_unknown_lowering() -> None:
+    with pytest.raises(CachePassError, match=r"unknown `lowering`='tree': .* regions, graph"):
+        cachepass.compile(WAN.model(), lowering="tree")  # type: ignore[arg-type]

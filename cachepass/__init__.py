@@ -21,7 +21,7 @@ from cachepass.errors import (
     SessionError as SessionError,
     VerifyError as VerifyError,
 )
-from cachepass.export import export as export
+from cachepass.export import export as export, export_onnx as export_onnx
 
 # Where: sites; and what can be measured.
 from cachepass.ir.boundary import (

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from cachepass import capture
 from cachepass.errors import CachePassError
@@ -35,6 +38,7 @@ from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.policy import Policy
 
 BRANCH, REQUEST = "branch", "request"
+KINDS = (f"{BRANCH}.", f"{REQUEST}.")
 
 
 def export(
@@ -88,6 +92,106 @@ def export(
 _FIRST_CALL = {"step": 0, "num_steps": -1, "branch": 0}
 
 
+METADATA = "cachepass"
+"""Key of an ONNX model's metadata: JSON, with the output that each input of the state becomes."""
+
+
+def export_onnx(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    policy: str | os.PathLike[str] | AnyPolicy = "mixcache",
+    options: dict[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> None:
+    """A model with its cache as an ONNX file, with `If` nodes whose other branch does not run.
+
+    Inputs and outputs are those of `export`, flat: ``branch.<name>`` and ``request.<name>`` go
+    in, ``new.branch.<name>`` and ``new.request.<name>`` come out, and the metadata `cachepass`
+    pairs them. `cachepass.onnx.Denoiser` runs it. Weights of more than 2 GB lie beside the file, in ``<path>.data``.
+
+    Args:
+        model: as in `export`.
+        example_inputs: as in `export`.
+        path: the file; nothing is left there if the export fails.
+        policy: as in `export`.
+        options: as in `export`.
+        dynamic_shapes: as in `export`.
+
+    Raises:
+        CachePassError: the folder is not there, or ONNX has no operator for a node, which it names.
+    """
+    target = pathlib.Path(path)
+    if not target.parent.is_dir():
+        raise CachePassError(f"`path`={str(path)!r}: {target.parent} is no folder")
+    chosen = for_model(resolve(policy, options), model)
+    program = export(
+        model, example_inputs, policy=policy, options=options, dynamic_shapes=dynamic_shapes
+    )
+    inputs, outputs = _flat_names(program)
+    try:
+        made = torch.onnx.export(
+            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise CachePassError(f"the export to ONNX failed: {_reason(error)}") from error
+    assert made is not None
+    made.model.metadata_props[METADATA] = json.dumps(
+        {
+            "state": {name: f"new.{name}" for name in inputs if name.startswith(KINDS)},
+            "needs_num_steps": chosen.trigger.needs_num_steps,
+            "policy": repr(policy),
+            "config": _plain(getattr(model, "config", {})),
+        }
+    )
+    # In a folder of its own until all is there: no half of a model is ever left behind.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        made.save(pathlib.Path(folder, target.name))
+        for file in sorted(pathlib.Path(folder).iterdir(), key=lambda f: f.name == target.name):
+            file.replace(target.with_name(file.name))
+
+
+def _flat_names(program: ExportedProgram) -> tuple[list[str], list[str]]:
+    """Names of all inputs and outputs, in order."""
+    given: Any = program.example_inputs
+    outputs = pytree.tree_unflatten(
+        list(range(program.call_spec.out_spec.num_leaves)), program.call_spec.out_spec
+    )
+    names = {
+        "output": "output", "reused": "reused", f"state.{BRANCH}": f"new.{BRANCH}",
+        f"state.{REQUEST}": f"new.{REQUEST}",
+    }  # fmt: skip
+    flat = list(_paths(outputs))
+    for old, new in names.items():
+        flat = [new + name[len(old) :] if name.startswith(old) else name for name in flat]
+    inputs = [name.removeprefix("state.") for name in _paths(given[1])]
+    return inputs, flat
+
+
+def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
+    """``a.b`` for the leaves of nested dicts and tuples, in their order."""
+    if isinstance(tree, dict):
+        for name, inside in tree.items():
+            yield from _paths(inside, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(tree, tuple | list):
+        for i, inside in enumerate(tree):
+            yield from _paths(inside, f"{prefix}.{i}")
+    else:
+        yield prefix
+
+
+def _reason(error: BaseException) -> str:
+    """What an exporter complains about, in a line: its cause's first one names the node."""
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[0][:300]
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a model's config."""
+    return json.loads(json.dumps(dict(config), default=str))  # type: ignore[no-any-return]
+
+
 @dataclasses.dataclass
 class _Call:
     """One captured call, and what it was called with."""
@@ -96,8 +200,8 @@ class _Call:
     args: tuple[Any, ...]
 
 
-class _Captured(Exception):
-    """Ends a call whose graph is all that is wanted."""
+class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
+    pass
 
 
 def _capture(
@@ -230,17 +334,3 @@ def _evaluate(size: Any, known: Mapping[str, int]) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs({symbol: known[str(symbol)] for symbol in expression.free_symbols}))
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `path` if all goes well and is gone otherwise."""
-    target = pathlib.Path(path)
-    if not target.parent.is_dir():
-        raise CachePassError(f"`path`={str(path)!r}: {target.parent} is no folder")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)

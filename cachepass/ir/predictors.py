@@ -284,8 +284,9 @@ def traced_weights(
         )
         numbers = predictor.traced_weights(moment)
         assert numbers is not None  # else the newest stands in as it is, and nobody asks
-        rows = [torch.as_tensor(n, device=step.device).expand_as(kept[0]) for n in numbers]
-        weights = torch.stack([row.double() for row in rows], dim=1).float()
+        # No constants: this may be traced into an arm, where there is no room for them.
+        rows = [n if isinstance(n, Tensor) else torch.full_like(kept[0], n) for n in numbers]
+        weights = torch.stack(rows, dim=1).float()
         known = (tags[count - 1] > 0)[:, None]
         chosen = weights if chosen is None else torch.where(known, weights, chosen)
     assert chosen is not None

@@ -1,0 +1,177 @@
+"""Runs a file of `cachepass.export_onnx` in onnxruntime: state in, state out, call by call."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from cachepass.adapters.diffusers import follow
+from cachepass.errors import CachePassError, SessionError
+
+_TYPES = {
+    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
+}  # fmt: skip
+_BRANCHES = {"cond": 0, "uncond": 1}
+_OTHER = 2
+
+
+class Denoiser(nn.Module):
+    """A denoiser out of a file, to be put in a pipeline in the place of its transformer.
+
+    ::
+
+        pipe.transformer = cachepass.onnx.Denoiser("model.onnx", scheduler=pipe.scheduler)
+
+    The scheduler tells requests and steps, `cache_context` the branches. In a loop of one's own
+    call `begin_request` and `end_step`, and enter `cache_context` around each call.
+
+    Args:
+        path: the file.
+        scheduler: of the pipeline; it is followed.
+        providers: of onnxruntime, in order of preference; its own choice if None.
+
+    Raises:
+        CachePassError: no file of `export_onnx`, or its shapes are not fixed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        scheduler: Any = None,
+        providers: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.session = onnxruntime.InferenceSession(
+            os.fspath(path), providers=providers or onnxruntime.get_available_providers()
+        )
+        text = self.session.get_modelmeta().custom_metadata_map.get("cachepass")
+        if text is None:
+            raise CachePassError(f"{os.fspath(path)} was not made by cachepass.export_onnx")
+        facts = json.loads(text)
+        self.config = SimpleNamespace(**facts["config"])
+        self.policy: str = facts["policy"]
+        self._state: dict[str, str] = facts["state"]
+        self._needs_num_steps: bool = facts["needs_num_steps"]
+        self._inputs = {i.name: i for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
+        latent = next(i for i in self._inputs.values() if "float" in i.type)
+        dtype = torch.float16 if latent.type == "tensor(float16)" else torch.float32
+        self.register_buffer("anchor", torch.zeros((), dtype=dtype), persistent=False)
+        self.num_steps, self.step = -1, 0
+        self._kept: dict[tuple[str, str], onnxruntime.OrtValue] = {}
+        self._branch = ""
+        self.reused: list[tuple[int, str, list[str]]] = []
+        """(step, branch, sites that all rows reused) of each call of this request."""
+
+        if scheduler is not None:
+            follow(scheduler, self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the latent, as diffusers asks for it."""
+        dtype: torch.dtype = self.get_buffer("anchor").dtype
+        return dtype
+
+    def begin_request(self, num_steps: int) -> None:
+        """Start a request: what was cached is forgotten."""
+        self.num_steps, self.step = num_steps, 0
+        self._kept.clear()
+        self.reused = []
+
+    def end_step(self) -> None:
+        """The calls that follow belong to the next step."""
+        self.step += 1
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """The branch of the calls inside."""
+        before, self._branch = self._branch, name
+        try:
+            yield
+        finally:
+            self._branch = before
+
+    def forward(self, *, return_dict: bool = True, **inputs: Any) -> Any:
+        """One denoising call; takes the model's own tensors by name."""
+        if self._needs_num_steps and self.num_steps < 0:
+            raise SessionError(
+                f"policy {self.policy} needs the number of steps: give Denoiser the pipeline's "
+                "`scheduler`, or call begin_request(num_steps)"
+            )
+        numbers = {
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "branch": _BRANCHES.get(self._branch, _OTHER),
+        }
+        given = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
+        given |= {n: torch.tensor(v) for n, v in numbers.items()}
+        wanted = {name for name in self._inputs if name not in self._state}
+        if given.keys() != wanted:
+            raise CachePassError(
+                f"the program takes {', '.join(sorted(wanted - numbers.keys()))}; it was given "
+                f"{', '.join(sorted(given.keys() - numbers.keys()))}"
+            )
+        binding = self.session.io_binding()
+        alive = [self._bind(binding, name, value) for name, value in given.items()]
+        for name in self._state:
+            binding.bind_ortvalue_input(name, self._value(name))
+        device = alive[0].device.type
+        for name in self._outputs:
+            binding.bind_output(name, device)
+        self.session.run_with_iobinding(binding)
+        made = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        for name, new in self._state.items():
+            if new in made:
+                self._kept[self._key(name)] = made[new]
+        sites = [n.removeprefix("reused.") for n in made if n.startswith("reused.")]
+        reused = [site for site in sites if made[f"reused.{site}"].numpy().all()]
+        self.reused.append((self.step, self._branch, reused))
+        output = _tensor(made["output"])
+        return SimpleNamespace(sample=output) if return_dict else (output,)
+
+    def _bind(self, binding: Any, name: str, value: Tensor) -> Tensor:
+        """Hand a tensor over where it lies; returns what has to stay alive until the run."""
+        kind = _TYPES[self._inputs[name].type]
+        dtype = torch.from_numpy(np.zeros((), kind)).dtype
+        value = value.detach().to(dtype).contiguous()
+        binding.bind_input(
+            name, value.device.type, value.device.index or 0, kind, tuple(value.shape),
+            value.data_ptr(),
+        )  # fmt: skip
+        return value
+
+    def _key(self, name: str) -> tuple[str, str]:
+        return ("" if name.startswith("request.") else self._branch, name)
+
+    def _value(self, name: str) -> Any:
+        """A tensor of the state: what the last call left, or zeros."""
+        key = self._key(name)
+        if key not in self._kept:
+            declared = self._inputs[name]
+            if not all(isinstance(size, int) for size in declared.shape):
+                raise CachePassError(
+                    f"the state {name!r} has the shape {declared.shape}: Denoiser runs programs "
+                    "of fixed shapes, export without `dynamic_shapes`"
+                )
+            zeros = np.zeros(declared.shape, _TYPES[declared.type])
+            self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
+        return self._kept[key]
+
+
+def _tensor(value: Any) -> Tensor:
+    """An output as a torch tensor, without a copy where it lies on the host."""
+    if value.device_name() == "cpu":
+        return torch.from_numpy(value.numpy())
+    found: Tensor = torch.from_dlpack(value._ortvalue.to_dlpack())
+    return found

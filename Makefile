@@ -77,5 +77,5 @@ $(READY): pyproject.toml constraints.txt
 	  echo "settings say (pip config list): the set-up needs an index or a folder there."; \
 	  exit 1; }
 	@echo "Installing cachepass, diffusers and the tools (about a minute) ..."
-	@$(PIP) -e ".[diffusers,dev]"
+	@$(PIP) -e ".[diffusers,onnx,dev]"
 	@touch $@

@@ -109,7 +109,8 @@ def export_onnx(
 
     Inputs and outputs are those of `export`, flat: ``branch.<name>`` and ``request.<name>`` go
     in, ``new.branch.<name>`` and ``new.request.<name>`` come out, and the metadata `cachepass`
-    pairs them. `cachepass.onnx.Denoiser` runs it. Weights of more than 2 GB lie beside the file, in ``<path>.data``.
+    pairs them. `cachepass.onnx.Denoiser` runs it. Weights of more than 2 GB lie beside the file,
+    in ``<path>.data``.
 
     Args:
         model: as in `export`.
@@ -313,7 +314,7 @@ class _Program(nn.Module):
         output = made[0] if first == 1 else tuple(made[:first])
         return {
             "output": output,
-            "reused": dict(zip(map(identifier, whole.sites), made[first:last], strict=True)),
+            "reused": dict(zip(whole.sites, made[first:last], strict=True)),
             "state": new,
         }
 

@@ -57,7 +57,8 @@ def compile(
             as the same object with its denoisers wrapped (`restore` undoes it).
         policy: a name (see `policies()`), a policy object, or a `Profile` or the path of one.
         options: fields of the policy, if it is given by name or profile.
-        lowering: "regions", Inductor for each distinct region.
+        lowering: "regions", Inductor for each distinct region and Python between them; "graph",
+            one Inductor program, the decision inside (docs/export.md).
         mode: as in torch.compile: "default", "max-autotune", ...
         dynamic: as in torch.compile: whether to capture with symbolic shapes.
         guidance: "concat" where each call holds both branches of guidance in one batch, the

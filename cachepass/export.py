@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,9 +133,11 @@ def export_onnx(
     )
     inputs, outputs = _flat_names(program)
     try:
-        made = torch.onnx.export(
-            program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
+            made = torch.onnx.export(
+                program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+            )
     except torch.onnx.OnnxExporterError as error:
         raise CachePassError(f"the export to ONNX failed: {_reason(error)}") from error
     assert made is not None

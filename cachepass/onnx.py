@@ -83,6 +83,12 @@ class Denoiser(nn.Module):
         dtype: torch.dtype = self.get_buffer("anchor").dtype
         return dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline is to put the inputs."""
+        device: torch.device = self.get_buffer("anchor").device
+        return device
+
     def begin_request(self, num_steps: int) -> None:
         """Start a request: what was cached is forgotten."""
         self.num_steps, self.step = num_steps, 0
@@ -173,5 +179,5 @@ def _tensor(value: Any) -> Tensor:
     """An output as a torch tensor, without a copy where it lies on the host."""
     if value.device_name() == "cpu":
         return torch.from_numpy(value.numpy())
-    found: Tensor = torch.from_dlpack(value._ortvalue.to_dlpack())
+    found: Tensor = torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
     return found

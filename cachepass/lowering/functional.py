@@ -151,7 +151,7 @@ class _Writer:
         self.root = Scope()
         self.taken: dict[str, fx.Node] = {}
         self.full: fx.Node | None = None
-        self.do = {
+        self.do: dict[Any, Callable[..., Any]] = {
             ops.cache_read: self._read,
             ops.cache_write: self._write,
             ops.cache_shift: self._shift,

@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cachepass.ir.boundary import layout_of
 from cachepass.lowering.functional import Entry, Functional, functionalize
+from cachepass.lowering.regions import patches_of
 from cachepass.lowering.rule import BRANCHES
 from cachepass.lowering.shapes import slot_shapes
 from cachepass.runtime.frame import Frame
@@ -30,7 +31,7 @@ class GraphCompiler:
     """Makes drivers of whole graphs; counts what it compiled."""
 
     def __init__(self, mode: str | None, inner: str) -> None:
-        self._patches = dict(torch._inductor.list_mode_options()[mode]) if mode else {}
+        self._patches = patches_of(mode)
         self._eager = inner == "eager"
         self.count = 0
         self.seconds = 0.0
@@ -62,8 +63,8 @@ class GraphCompiler:
 
     def _inductor(self, gm: fx.GraphModule, given: Sequence[Any], mode: FakeTensorMode) -> Compiled:
         with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad():
-            compiled: Compiled = compile_fx(gm, list(given), config_patches=self._patches or None)
-        return compiled
+            compiled: Any = compile_fx(gm, list(given), config_patches=self._patches or None)
+        return compiled  # type: ignore[no-any-return]
 
 
 def _driver(call: Compiled, whole: Functional) -> Compiled:

@@ -37,12 +37,7 @@ class RegionCompiler:
     """Compiles regions with Inductor, each once per signature of its inputs."""
 
     def __init__(self, mode: str | None = None) -> None:
-        modes = torch._inductor.list_mode_options()
-        if mode is not None and mode not in modes:
-            raise CachePassError(f"unknown `mode`={mode!r}: must be one of {', '.join(modes)}")
-        # CUDA graphs stay off: slots keep what regions return, and the next replay of a graph
-        # would write to that memory.
-        self._patches = {**modes[mode], "triton.cudagraphs": False} if mode is not None else {}
+        self._patches = patches_of(mode)
         self._compiled: dict[tuple[int, Signature], Compiled] = {}
         self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
         self.count = 0
@@ -59,6 +54,16 @@ class RegionCompiler:
             self._regions.append(region)
             self.count += 1
         return self._compiled[key]
+
+
+def patches_of(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a `mode` of torch.compile."""
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise CachePassError(f"unknown `mode`={mode!r}: must be one of {', '.join(modes)}")
+    # CUDA graphs stay off: slots keep what compiled code returns, and the next replay of a graph
+    # would write to that memory.
+    return {**modes[mode], "triton.cudagraphs": False} if mode is not None else {}
 
 
 def lower(

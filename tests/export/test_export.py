@@ -75,7 +75,7 @@ def check(call: Call, reused: Callable[[], Decisions], policy: Any, limit: float
 @pytest.mark.parametrize("policy", SOME, ids=lambda p: p.name)
 def test_a_program_of_torch_export(policy: cachepass.NamedPolicy) -> None:
     program = cachepass.export(WAN.model(), WAN.example(), policy=policy)
-    runner = Runner(program.module(), program.example_inputs[1]["state"])  # type: ignore[index]
+    runner = Runner(program.module(), program.example_inputs[1]["state"])
     check(runner, lambda: runner.reused, policy, 1e-5)
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cachepass.ir.boundary import Signal
 from cachepass.runtime.policy import COMPUTE, Decision, Facts, Trigger, check, share_of
@@ -225,7 +226,8 @@ class PerSite(Trigger):
         return {k: v for name, t in triggers for k, v in nested(name, t.traced_state).items()}
 
     def traced(self, facts: TracedFacts, state: State) -> Choice:
-        choices, states = {}, {}
+        choices: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
         for name, trigger in self.triggers.items():
             own = dataclasses.replace(facts, warm={name: facts.warm[name]})
             choice, inner = trigger.traced(own, within(name, state))

@@ -21,7 +21,11 @@ from cachepass.errors import (
     SessionError as SessionError,
     VerifyError as VerifyError,
 )
-from cachepass.export import export as export, export_onnx as export_onnx
+from cachepass.export import (
+    export as export,
+    export_aoti as export_aoti,
+    export_onnx as export_onnx,
+)
 
 # Where: sites; and what can be measured.
 from cachepass.ir.boundary import (

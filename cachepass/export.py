@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from cachepass import capture
 from cachepass.errors import CachePassError
 from cachepass.ir.boundary import layout_of
+from cachepass.lowering.aoti import package
 from cachepass.lowering.functional import Functional, functionalize, identifier
 from cachepass.lowering.shapes import slot_shapes
 from cachepass.pass_manager import run_passes
@@ -124,9 +125,7 @@ def export_onnx(
     Raises:
         CachePassError: the folder is not there, or ONNX has no operator for a node, which it names.
     """
-    target = pathlib.Path(path)
-    if not target.parent.is_dir():
-        raise CachePassError(f"`path`={str(path)!r}: {target.parent} is no folder")
+    target = _target(path, ".onnx")
     chosen = for_model(resolve(policy, options), model)
     program = export(
         model, example_inputs, policy=policy, options=options, dynamic_shapes=dynamic_shapes
@@ -149,9 +148,54 @@ def export_onnx(
             "config": _plain(getattr(model, "config", {})),
         }
     )
-    # In a folder of its own until all is there: no half of a model is ever left behind.
+    with _all_or_nothing(target) as partial:
+        made.save(partial)
+
+
+def export_aoti(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    policy: str | os.PathLike[str] | AnyPolicy = "mixcache",
+    options: dict[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> None:
+    """A model with its cache, compiled ahead of time: a `.pt2` package of AOTInductor.
+
+    ``torch._inductor.aoti_load_package(path)`` gives a callable with the signature of `export`
+    that compiles nothing; C++ loads it as `torch::inductor::AOTIModelPackageLoader`.
+
+    Args:
+        model: as in `export`.
+        example_inputs: as in `export`.
+        path: the file, ending in `.pt2`; nothing is left there if the export fails.
+        policy: as in `export`.
+        options: as in `export`.
+        dynamic_shapes: as in `export`.
+    """
+    target = _target(path, ".pt2")
+    program = export(
+        model, example_inputs, policy=policy, options=options, dynamic_shapes=dynamic_shapes
+    )
+    with _all_or_nothing(target) as partial:
+        package(program, partial)
+
+
+def _target(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:
+    target = pathlib.Path(path)
+    if target.suffix != suffix:
+        raise CachePassError(f"`path`={str(path)!r}: must end in {suffix}")
+    if not target.parent.is_dir():
+        raise CachePassError(f"`path`={str(path)!r}: {target.parent} is no folder")
+    return target
+
+
+@contextlib.contextmanager
+def _all_or_nothing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to in a folder of its own; all that is there moves to the target's."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        made.save(pathlib.Path(folder, target.name))
+        yield pathlib.Path(folder, target.name)
         for file in sorted(pathlib.Path(folder).iterdir(), key=lambda f: f.name == target.name):
             file.replace(target.with_name(file.name))
 

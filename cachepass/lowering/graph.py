@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cachepass.ir.boundary import layout_of
+from cachepass.lowering.conditional import exact_operands
 from cachepass.lowering.functional import Entry, Functional, functionalize
 from cachepass.lowering.regions import patches_of
 from cachepass.lowering.rule import BRANCHES
@@ -62,7 +63,8 @@ class GraphCompiler:
         return _driver(call, whole)
 
     def _inductor(self, gm: fx.GraphModule, given: Sequence[Any], mode: FakeTensorMode) -> Compiled:
-        with torch._guards.tracing(torch._guards.TracingContext(mode)), torch.no_grad():
+        context = torch._guards.TracingContext(mode)
+        with torch._guards.tracing(context), torch.no_grad(), exact_operands():
             compiled: Any = compile_fx(gm, list(given), config_patches=self._patches or None)
         return compiled  # type: ignore[no-any-return]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cachepass
 from cachepass.errors import CachePassError, SessionError
-from tests.models import WAN, distance
+from tests.models import TOY, WAN, Tiny, distance
 from tests.requests import BOTH, Call, decisions, denoise, run
 
 STEPS = 20
@@ -103,6 +103,25 @@ def test_a_saved_program_runs_without_cachepass(tmp_path: pathlib.Path) -> None:
     assert distance(torch.load(files[1]), want) < 1e-6
 
 
+# The toy's blocks are entered by a transposed sum of a convolution, for which Inductor
+# chooses another layout than it compiles the arms of a conditional for.
+@pytest.mark.parametrize("tiny", [TOY, pytest.param(WAN, marks=pytest.mark.full)], ids=["toy", ""])
+def test_a_package_of_aotinductor(tiny: Tiny, tmp_path: pathlib.Path) -> None:
+    path, policy = tmp_path / "model.pt2", cachepass.Schedule(reuse={1: "stack"})
+    cachepass.export_aoti(tiny.model(), tiny.example(), path, policy=policy)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+    program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
+    given: dict[str, Any] = dict(program.example_inputs[1])
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for step in range(2):
+        given["step"] = torch.tensor(step)
+        with torch.no_grad():
+            want, got = program.module()(**given), loaded(**given)
+        assert distance(got["output"], want["output"]) < 1e-5
+        assert bool(got["reused"]["stack"].all()) == (step == 1)
+        given["state"] = want["state"]
+
+
 # ------------------------------------------------------------------------------ onnx
 
 
@@ -176,7 +195,9 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_not_there() -> None:
+def test_a_path_that_will_not_do() -> None:
+    with pytest.raises(CachePassError, match=r"`path`='model\.bin': must end in \.pt2"):
+        cachepass.export_aoti(WAN.model(), WAN.example(), "model.bin")
     with pytest.raises(CachePassError, match=r"`path`='no/where/model.onnx': .* is no folder"):
         cachepass.export_onnx(WAN.model(), WAN.example(), "no/where/model.onnx")
 

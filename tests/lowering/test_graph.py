@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 
 import cachepass
@@ -12,7 +13,7 @@ from cachepass.errors import CachePassError, PolicyError
 from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
 from cachepass.runtime.session import Session
 from tests.graphs import Script
-from tests.models import WAN, distance
+from tests.models import TOY, WAN, distance
 from tests.requests import BOTH, decisions, run
 
 # Random decisions may well be to compute.
@@ -67,6 +68,18 @@ def test_one_program_is_compiled() -> None:
     theirs, ours = both(policy, inner="inductor")
     assert decisions(ours) == decisions(theirs)
     assert cachepass.report(ours).to_dict()["compiles"]["regions"] == 1
+
+
+def test_arms_get_their_operands_as_they_were_compiled_for() -> None:
+    # A transposed sum of a convolution: Inductor lays it out in another way if it may.
+    model = TOY.model()
+    with torch.no_grad():
+        want = model(**TOY.example())
+    cached = cachepass.compile(
+        model, policy=cachepass.Schedule(reuse={1: "stack"}), lowering="graph"
+    )
+    with cachepass.session(cached, num_inference_steps=3).at(step=0):
+        assert distance(cached(**TOY.example()), want) < 1e-5
 
 
 SITES: tuple[Site, ...] = (

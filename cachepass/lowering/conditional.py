@@ -26,8 +26,8 @@ def exact_operands() -> Iterator[None]:
     create = Conditional.create
 
     def exact(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
-        given = zip(V.graph.current_node.args[-1], operands, strict=True)
-        laid_out = [_as_in_graph(node, operand) for node, operand in given]
+        nodes: Any = V.graph.current_node.args[-1]
+        laid_out = [_as_in_graph(n, o) for n, o in zip(nodes, operands, strict=True)]
         return create(predicate, true_fn, false_fn, laid_out)
 
     with _PATCHING:

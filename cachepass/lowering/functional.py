@@ -343,7 +343,9 @@ class _Writer:
             for kind, arm in (("reuse", reusing), ("compute", computing))
         ]
         every = scope.call(tensors.every, taken, scope.active)
-        inputs = tuple(scope.here(operand) for operand in operands)
+        # `torch.cond` takes no operands that share memory, as the parts of a chunk do.
+        values = [scope.here(operand) for operand in operands]
+        inputs = tuple(v if v.op == "placeholder" else scope.call(tensors.own, v) for v in values)
         chosen = scope.graph.call_function(
             torch.ops.higher_order.cond, (every, arms[0], arms[1], inputs)
         )

@@ -53,7 +53,8 @@ class GraphCompiler:
         slots = slot_shapes(gm, fakes, latent.shape[0], mode)
         with mode:
             whole = functionalize(gm, policy, slots, latent)
-            numbers = [torch.zeros((), dtype=torch.int64, device=latent.device)] * 3
+            # One each: equal objects would be taken for one input.
+            numbers = [torch.zeros((), dtype=torch.int64, device=latent.device) for _ in range(3)]
         call: Compiled = whole.gm
         if not self._eager:
             given = [*fakes, *numbers, *(entry.example for entry in whole.state)]

@@ -63,14 +63,15 @@ def slot_shapes(
         rows: of a call.
         mode: the mode of the fakes.
     """
-    frame = SlotShapes(layout_of(gm), rows)
+    layout = layout_of(gm)
+    frame = SlotShapes(layout, rows)
     environment = mode.shape_env
     assert environment is not None
     with (
         mode, torch.no_grad(), enable_python_dispatcher(),
         environment.ignore_fresh_unbacked_symbols(),
     ):  # fmt: skip
-        # An older value is read before a newer one has moved there: the second run knows all.
-        for _ in range(2):
+        # An older value is read before a newer one has moved there: a run for each age.
+        for _ in range(2 + max((slot.age for slot in layout.slots.values()), default=0)):
             gm(frame, *fakes)
     return frame.slots

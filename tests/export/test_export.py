@@ -21,7 +21,7 @@ STEPS = 20
 FIRST_BLOCK = cachepass.FirstBlock(threshold=0.3, warmup_steps=1)
 POLICIES: list[cachepass.NamedPolicy] = [
     cachepass.TeaCache(threshold=0.3, warmup_steps=1),
-    cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1))),
+    cachepass.AdaCache(codebook=((0.13, 3), (9.0, 2)), motion=False),
     cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
     cachepass.EasyCache(threshold=0.5, warmup_steps=1),
     cachepass.PAB(),
@@ -119,7 +119,8 @@ def test_a_package_of_aotinductor(tiny: Tiny, tmp_path: pathlib.Path) -> None:
             want, got = program.module()(**given), loaded(**given)
         assert distance(got["output"], want["output"]) < 1e-5
         assert bool(got["reused"]["stack"].all()) == (step == 1)
-        given["state"] = want["state"]
+        # In the order that they were given: a package goes by place.
+        given["state"] = {kind: kept | want["state"][kind] for kind, kept in given["state"].items()}
 
 
 # ------------------------------------------------------------------------------ onnx

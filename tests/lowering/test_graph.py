@@ -25,7 +25,7 @@ POLICIES: list[cachepass.NamedPolicy] = [
     cachepass.Schedule(reuse={2: "stack", 3: "cfg", 4: ("attention", "mlp"), 6: "step"}),
     cachepass.FirstBlock(threshold=0.3, warmup_steps=1),
     cachepass.TeaCache(threshold=0.3, warmup_steps=1),
-    cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1))),
+    cachepass.AdaCache(codebook=((0.13, 3), (9.0, 2)), motion=False),
     cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
     cachepass.EasyCache(threshold=0.5, warmup_steps=1),
     cachepass.DBCache(threshold=0.3, front=1, warmup_steps=1),

@@ -209,4 +209,5 @@ def traced_resampled(values: Sequence[float], step: Tensor, num_steps: Tensor) -
     scaled = step * last / (num_steps - 1).double()
     as_they_are = (num_steps <= 1) | (num_steps == len(values))
     place = torch.where(as_they_are, step.double(), scaled.round())
-    return table[place.clamp(0, last).to(torch.int64)]
+    # Not table[place]: a () tensor as an index is read to the host.
+    return table.index_select(0, place.clamp(0, last).to(torch.int64).reshape(1))[0]

@@ -145,7 +145,7 @@ class Cheapest(Trigger):
         }
 
 
-_MOST = torch.finfo(torch.float64).max
+_MOST = 1e30
 """An error that is not known: more than any other, less than that of a site that is cold."""
 
 

@@ -140,7 +140,7 @@ class Denoiser(nn.Module):
         for name, new in self._state.items():
             if new in made:
                 self._kept[self._key(name)] = made[new]
-        sites = [n.removeprefix("reused.") for n in made if n.startswith("reused.")]
+        sites = sorted(n.removeprefix("reused.") for n in made if n.startswith("reused."))
         reused = [site for site in sites if made[f"reused.{site}"].numpy().all()]
         self.reused.append((self.step, self._branch, reused))
         output = _tensor(made["output"])

@@ -59,7 +59,8 @@ class Runner:
         )  # fmt: skip
         self.kept[branch] = state["branch"] | made["state"]["branch"]
         self.kept[""] = state["request"] | made["state"]["request"]
-        self.reused.append((step, branch, [s for s, rows in made["reused"].items() if rows.all()]))
+        reused = sorted(site for site, rows in made["reused"].items() if rows.all())
+        self.reused.append((step, branch, reused))
         output: Tensor = made["output"]
         return output
 

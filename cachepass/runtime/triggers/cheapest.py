@@ -133,7 +133,8 @@ class Cheapest(Trigger):
         )
         place = torch.arange(1, len(measures) + 1, device=full.device)
         penalty = torch.where(chosen[:, None] == place, self.repeat_penalty, 1.0)
-        errors = (changes / gaps * influence * penalty).nan_to_num(nan=_MOST, posinf=_MOST)
+        errors = changes / gaps * influence * penalty
+        errors = torch.where(errors < _MOST, errors, _MOST)
         cheapest = torch.where(there, errors, torch.inf).argmin(dim=1) + 1
         choice = {site: reuse & (cheapest == i) for i, site in enumerate(self.influence, 1)}
         return choice, {

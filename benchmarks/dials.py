@@ -61,16 +61,14 @@ def _schedule(value: tuple[int, int], setting: Setting) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Dial:
-    """A policy of ours: the name of its knob, the knob's values, the fields that one sets."""
+    """Of one policy: the name of its knob, the knob's values, the fields that one sets."""
 
     knob: str
     values: Grid
     fields: Callable[[Any, Setting], dict[str, Any]]
-    policy: str = ""
-    """Its name in `cachepass.policies()`, if the contender has another one."""
 
 
-# One line for each contender of ours.
+# One line for each policy.
 DIALS = {
     "mixcache": Dial("tolerance", geometric(0.25, 8), lambda v, _: mixcache_fields(v)),
     "adacache": Dial("scale of the codebook", geometric(0.25, 8), lambda v, _: adacache_fields(v)),
@@ -102,15 +100,14 @@ def cached(setting: Setting, policy: Any, options: dict[str, Any] | None = None)
 
 def _ours(name: str, dial: Dial) -> Entry:
     def build(setting: Setting, value: Any) -> Contender:
-        return cached(setting, dial.policy or name, dial.fields(value, setting))
+        return cached(setting, name, dial.fields(value, setting))
 
     return Entry("ours", build, dial.knob, dial.values)
 
 
 def without_dial() -> list[str]:
     """Policies of ours that nobody gave a knob here."""
-    known = {dial.policy or name for name, dial in DIALS.items()}
-    return sorted({*cachepass.policies()} - known - {"compute"})
+    return sorted({*cachepass.policies()} - {*DIALS} - {"compute"})
 
 
 def entries() -> dict[str, Entry]:

@@ -14,13 +14,14 @@ replaces what it was given; what it does not return stays.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import operator
 import os
 import pathlib
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ from torch.utils import _pytree as pytree
 
 from cachepass import capture
 from cachepass.errors import CachePassError
-from cachepass.ir.boundary import layout_of
+from cachepass.ir.boundary import call_inputs, layout_of
 from cachepass.lowering.aoti import package
 from cachepass.lowering.functional import Functional, functionalize, identifier
-from cachepass.lowering.shapes import slot_shapes
+from cachepass.lowering.rule import BRANCHES, where_it_stands
+from cachepass.lowering.shapes import latent_in, slot_shapes
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
@@ -41,6 +43,11 @@ from cachepass.runtime.policy import Policy
 
 BRANCH, REQUEST = "branch", "request"
 KINDS = (f"{BRANCH}.", f"{REQUEST}.")
+
+METADATA = "cachepass"
+"""Key of an ONNX model's metadata: JSON, with the output that each input of the state becomes."""
+
+_FIRST_CALL = where_it_stands(0, None, BRANCHES[0])
 
 
 def export(
@@ -67,13 +74,22 @@ def export(
         PolicyError: the policy decides on the host only.
         CaptureError: the call cannot be captured.
     """
-    chosen = for_model(resolve(policy, options), model)
-    call = _capture(model, example_inputs, dynamic_shapes or {})
-    gm = run_passes(call.gm, default_pipeline(chosen.sites, chosen.signals())).graph_module
-    whole = _functional(gm, chosen)
-    program = _Program(gm, whole, call, model)
+    return _export(
+        model, example_inputs, for_model(resolve(policy, options), model), dynamic_shapes
+    )
+
+
+def _export(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+    policy: Policy,
+    dynamic_shapes: Mapping[str, Any] | None,
+) -> ExportedProgram:
+    gm, args = _capture(model, example_inputs, dynamic_shapes or {})
+    gm = run_passes(gm, default_pipeline(policy.sites, policy.signals())).graph_module
+    program = _Program(gm, _functional(gm, policy), args, model)
     numbers = {name: torch.tensor(value) for name, value in _FIRST_CALL.items()}
-    given = {name: call.args[i] for name, i in program.inputs.items()}
+    given = {name: args[i] for name, i in program.inputs.items()}
     state = program.cold_state()
     shapes: dict[str, Any] | None = None
     if dynamic_shapes:
@@ -89,13 +105,6 @@ def export(
         return torch.export.export(
             program, (), {**given, **numbers, "state": state}, dynamic_shapes=shapes, strict=False
         )
-
-
-_FIRST_CALL = {"step": 0, "num_steps": -1, "branch": 0}
-
-
-METADATA = "cachepass"
-"""Key of an ONNX model's metadata: JSON, with the output that each input of the state becomes."""
 
 
 def export_onnx(
@@ -127,9 +136,7 @@ def export_onnx(
     """
     target = _target(path, ".onnx")
     chosen = for_model(resolve(policy, options), model)
-    program = export(
-        model, example_inputs, policy=policy, options=options, dynamic_shapes=dynamic_shapes
-    )
+    program = _export(model, example_inputs, chosen, dynamic_shapes)
     inputs, outputs = _flat_names(program)
     try:
         with warnings.catch_warnings():
@@ -206,15 +213,8 @@ def _flat_names(program: ExportedProgram) -> tuple[list[str], list[str]]:
     outputs = pytree.tree_unflatten(
         list(range(program.call_spec.out_spec.num_leaves)), program.call_spec.out_spec
     )
-    names = {
-        "output": "output", "reused": "reused", f"state.{BRANCH}": f"new.{BRANCH}",
-        f"state.{REQUEST}": f"new.{REQUEST}",
-    }  # fmt: skip
-    flat = list(_paths(outputs))
-    for old, new in names.items():
-        flat = [new + name[len(old) :] if name.startswith(old) else name for name in flat]
     inputs = [name.removeprefix("state.") for name in _paths(given[1])]
-    return inputs, flat
+    return inputs, [re.sub(r"^state\.", "new.", name) for name in _paths(outputs)]
 
 
 def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
@@ -240,28 +240,21 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(config), default=str))  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass
-class _Call:
-    """One captured call, and what it was called with."""
-
-    gm: fx.GraphModule
-    args: tuple[Any, ...]
-
-
 class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
     pass
 
 
 def _capture(
     model: nn.Module, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]
-) -> _Call:
-    found: list[_Call] = []
+) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """The graph of one call, and what it was called with."""
+    found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
 
     def backend(captured: fx.GraphModule, _: Sequence[Any]) -> Any:
         gm = capture.own_graph(captured)
 
         def call(*args: Any) -> Any:
-            found.append(_Call(gm, args))
+            found.append((gm, args))
             raise _Captured
 
         return call
@@ -279,12 +272,9 @@ def _capture(
 
 
 def _functional(gm: fx.GraphModule, policy: Policy) -> Functional:
-    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
-    fakes = [node.meta["example_value"] for node in inputs]
-    latent_node = layout_of(gm).latent
-    assert latent_node is not None
-    latent = latent_node.meta["example_value"]
-    slots = slot_shapes(gm, fakes, latent.shape[0], latent.fake_mode)
+    fakes = [node.meta["example_value"] for node in call_inputs(gm)]
+    latent: Any = latent_in(gm, fakes)
+    slots = slot_shapes(gm, fakes, latent.fake_mode)
     with latent.fake_mode:
         return functionalize(gm, policy, slots, latent)
 
@@ -293,87 +283,83 @@ class _Program(nn.Module):
     """What is exported: weights inside, inputs by name, state as two dicts."""
 
     def __init__(
-        self, gm: fx.GraphModule, whole: Functional, call: _Call, model: nn.Module
+        self, gm: fx.GraphModule, whole: Functional, args: Sequence[Any], model: nn.Module
     ) -> None:
         super().__init__()
-        self.whole, self.call = whole.gm, whole
-        nodes = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
-        names = {node: str(name) for name, node in layout_of(gm).inputs.items()}
-        self.inputs = {identifier(names[n]): i for i, n in enumerate(nodes) if n in names}
+        self.gm, self._whole = whole.gm, whole
+        nodes, arguments = call_inputs(gm), layout_of(gm).inputs
+        names = {node: identifier(name) for name, node in arguments.items()}
+        self.inputs = {names[node]: i for i, node in enumerate(nodes) if node in names}
         """Name of an input -> its place in the captured call."""
 
-        by_node = {nodes[i]: name for name, i in self.inputs.items()}
-        owned = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-        self._sources: list[tuple[str, Any]] = []
-        for i, node in enumerate(nodes):
-            value = call.args[i]
-            if node in by_node:
-                self._sources.append(("input", by_node[node]))
-            elif isinstance(value, Tensor):
-                name = identifier(owned.get(id(value), node.name))
-                if name not in self._buffers:
-                    self.register_buffer(name, value.detach())
-                self._sources.append(("weight", name))
-            else:
-                self._sources.append(_size(node, by_node) or ("constant", value))
+        # Sizes that stay open, by their symbol: where a call tells them.
         sizes = {
-            str(dimension): (name, place)
+            str(size): (name, dimension)
             for name, i in self.inputs.items()
-            for place, dimension in enumerate(nodes[i].meta["example_value"].shape)
+            for dimension, size in enumerate(nodes[i].meta["example_value"].shape)
+            if not isinstance(size, int)
         }
         self._concrete = {
-            text: call.args[self.inputs[n]].shape[d] for text, (n, d) in sizes.items()
+            symbol: args[self.inputs[name]].shape[dimension]
+            for symbol, (name, dimension) in sizes.items()
         }
-        self.keys = {
+        owned = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self._sources: list[Callable[[Mapping[str, Any]], Any]] = []
+        """How each input of the graph is had from those of a call."""
+
+        for node, value in zip(nodes, args, strict=True):
+            symbol = str(node.meta.get("example_value"))
+            if node in names:
+                source: Any = operator.itemgetter(names[node])
+            elif isinstance(value, Tensor):
+                source = self._weight(identifier(owned.get(id(value), node.name)), value)
+            elif symbol in sizes:
+                source = _size(*sizes[symbol])
+            else:
+                source = _constant(value)
+            self._sources.append(source)
+        self._keys = {
             entry.name: (REQUEST if entry.shared else BRANCH, identifier(entry.name))
             for entry in whole.state
         }
 
+    def _weight(self, name: str, value: Tensor) -> Callable[[Mapping[str, Any]], Tensor]:
+        self.register_buffer(name, value.detach())
+        return lambda _: self.get_buffer(name)
+
     def cold_state(self) -> dict[str, dict[str, Tensor]]:
         """The state before a request's first call."""
         state: dict[str, dict[str, Tensor]] = {BRANCH: {}, REQUEST: {}}
-        for entry in self.call.state:
-            kind, key = self.keys[entry.name]
+        for entry in self._whole.state:
+            kind, key = self._keys[entry.name]
             shape = [_evaluate(size, self._concrete) for size in entry.example.shape]
-            state[kind][key] = torch.zeros(shape, dtype=entry.example.dtype)
+            state[kind][key] = entry.cold(shape)
         return state
 
     def forward(self, **kwargs: Any) -> dict[str, Any]:
         """See the module."""
-        args = []
-        for kind, what in self._sources:
-            if kind == "input":
-                args.append(kwargs[what])
-            elif kind == "weight":
-                args.append(self.get_buffer(what))
-            elif kind == "size":
-                args.append(kwargs[what[0]].shape[what[1]])
-            else:
-                args.append(what)
-        state, whole = kwargs["state"], self.call
-        before = [state[kind][key] for kind, key in (self.keys[e.name] for e in whole.state)]
-        made = self.whole(*args, *(kwargs[name] for name in _FIRST_CALL), *before)
-        first, last = whole.results, whole.results + len(whole.sites)
+        whole, state = self._whole, kwargs["state"]
+        before = [state[kind][key] for kind, key in (self._keys[e.name] for e in whole.state)]
+        numbers = [kwargs[name] for name in _FIRST_CALL]
+        made = self.gm(*(source(kwargs) for source in self._sources), *numbers, *before)
+        results, reused, changed = whole.parts(made)
         new: dict[str, dict[str, Tensor]] = {BRANCH: {}, REQUEST: {}}
-        for name, value in zip(whole.changed, made[last:], strict=True):
-            kind, key = self.keys[name]
+        for name, value in zip(whole.changed, changed, strict=True):
+            kind, key = self._keys[name]
             new[kind][key] = value
-        output = made[0] if first == 1 else tuple(made[:first])
         return {
-            "output": output,
-            "reused": dict(zip(whole.sites, made[first:last], strict=True)),
+            "output": results[0] if len(results) == 1 else tuple(results),
+            "reused": dict(zip(whole.sites, reused, strict=True)),
             "state": new,
         }
 
 
-def _size(node: fx.Node, inputs: Mapping[fx.Node, str]) -> tuple[str, Any] | None:
-    """A number among a graph's inputs, as the size of one of its tensors."""
-    wanted = str(node.meta.get("example_value"))
-    for tensor, name in inputs.items():
-        for dimension, size in enumerate(tensor.meta["example_value"].shape):
-            if not isinstance(size, int) and str(size) == wanted:
-                return "size", (name, dimension)
-    return None
+def _size(name: str, dimension: int) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda kwargs: kwargs[name].shape[dimension]
+
+
+def _constant(value: Any) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda _: value
 
 
 def _evaluate(size: Any, known: Mapping[str, int]) -> int:

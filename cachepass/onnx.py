@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from cachepass.adapters.diffusers import follow
 from cachepass.errors import CachePassError, SessionError
+from cachepass.export import METADATA, REQUEST
+from cachepass.lowering.rule import where_it_stands
 
-_TYPES = {
-    "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
+_TYPES: dict[str, tuple[torch.dtype, Any]] = {
+    "tensor(float)": (torch.float32, np.float32), "tensor(double)": (torch.float64, np.float64),
+    "tensor(float16)": (torch.float16, np.float16), "tensor(int64)": (torch.int64, np.int64),
+    "tensor(bool)": (torch.bool, np.bool_),
 }  # fmt: skip
-_BRANCHES = {"cond": 0, "uncond": 1}
-_OTHER = 2
 
 
 class Denoiser(nn.Module):
@@ -55,7 +56,7 @@ class Denoiser(nn.Module):
         self.session = onnxruntime.InferenceSession(
             os.fspath(path), providers=providers or onnxruntime.get_available_providers()
         )
-        text = self.session.get_modelmeta().custom_metadata_map.get("cachepass")
+        text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if text is None:
             raise CachePassError(f"{os.fspath(path)} was not made by cachepass.export_onnx")
         facts = json.loads(text)
@@ -66,9 +67,10 @@ class Denoiser(nn.Module):
         self._inputs = {i.name: i for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         latent = next(i for i in self._inputs.values() if "float" in i.type)
-        dtype = torch.float16 if latent.type == "tensor(float16)" else torch.float32
+        dtype, _ = _TYPES[latent.type]
         self.register_buffer("anchor", torch.zeros((), dtype=dtype), persistent=False)
-        self.num_steps, self.step = -1, 0
+        self.num_steps: int | None = None
+        self.step = 0
         self._kept: dict[tuple[str, str], onnxruntime.OrtValue] = {}
         self._branch = ""
         self.reused: list[tuple[int, str, list[str]]] = []
@@ -110,16 +112,12 @@ class Denoiser(nn.Module):
 
     def forward(self, *, return_dict: bool = True, **inputs: Any) -> Any:
         """One denoising call; takes the model's own tensors by name."""
-        if self._needs_num_steps and self.num_steps < 0:
+        if self._needs_num_steps and self.num_steps is None:
             raise SessionError(
                 f"policy {self.policy} needs the number of steps: give Denoiser the pipeline's "
                 "`scheduler`, or call begin_request(num_steps)"
             )
-        numbers = {
-            "step": self.step,
-            "num_steps": self.num_steps,
-            "branch": _BRANCHES.get(self._branch, _OTHER),
-        }
+        numbers = where_it_stands(self.step, self.num_steps, self._branch)
         given = {n: v for n, v in inputs.items() if isinstance(v, Tensor)}
         given |= {n: torch.tensor(v) for n, v in numbers.items()}
         wanted = {name for name in self._inputs if name not in self._state}
@@ -148,8 +146,7 @@ class Denoiser(nn.Module):
 
     def _bind(self, binding: Any, name: str, value: Tensor) -> Tensor:
         """Hand a tensor over where it lies; returns what has to stay alive until the run."""
-        kind = _TYPES[self._inputs[name].type]
-        dtype = torch.from_numpy(np.zeros((), kind)).dtype
+        dtype, kind = _TYPES[self._inputs[name].type]
         value = value.detach().to(dtype).contiguous()
         binding.bind_input(
             name, value.device.type, value.device.index or 0, kind, tuple(value.shape),
@@ -158,7 +155,7 @@ class Denoiser(nn.Module):
         return value
 
     def _key(self, name: str) -> tuple[str, str]:
-        return ("" if name.startswith("request.") else self._branch, name)
+        return ("" if name.startswith(f"{REQUEST}.") else self._branch, name)
 
     def _value(self, name: str) -> Any:
         """A tensor of the state: what the last call left, or zeros."""
@@ -170,7 +167,8 @@ class Denoiser(nn.Module):
                     f"the state {name!r} has the shape {declared.shape}: Denoiser runs programs "
                     "of fixed shapes, export without `dynamic_shapes`"
                 )
-            zeros = np.zeros(declared.shape, _TYPES[declared.type])
+            _, kind = _TYPES[declared.type]
+            zeros = np.zeros(declared.shape, kind)
             self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
         return self._kept[key]
 

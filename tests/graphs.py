@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor, fx
 
 from cachepass.capture import own_graph
+from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
 from cachepass.pass_manager import Pass, run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.denoiser import Denoiser, Program
@@ -25,6 +27,21 @@ from cachepass.runtime.policy import (
 )
 from cachepass.runtime.traced import Choice, State, TracedFacts
 from tests.models import TOY, Tiny, as_tensor
+
+SITES: tuple[Site, ...] = (
+    WholeCall(),
+    Cfg(),
+    Blocks(),
+    Blocks(name="block", start=1, stop=3),
+    Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)),
+    Sublayers(name="mlp", kinds=(Kind.MLP,)),
+)
+"""One of each kind, under the names that `Schedule` gives them."""
+
+
+def examples(count: int) -> settings:
+    """So many examples of a property, the same in every run."""
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
 @dataclasses.dataclass

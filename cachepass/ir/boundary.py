@@ -249,6 +249,10 @@ class Slot:
         """Where a session keeps the value of a branch."""
         return (None if self.across_branches else branch, self.name)
 
+    def ages(self, count: int) -> list[str]:
+        """Of the newest value: the names of its slot and those of the values before it."""
+        return [self.name, *(f"{self.name}.{age}" for age in range(1, count))]
+
 
 # ---------------------------------------------------------------------------- layout
 
@@ -307,6 +311,11 @@ class Layout:
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
     """Sites and signals that the model does not offer, with the reason."""
 
+    def lasting(self, site: str) -> list[Slot]:
+        """What a site keeps from step to step, the newest values."""
+        slots = self.slots.values()
+        return [s for s in slots if s.site == site and not s.within_step and not s.age]
+
     @property
     def blocks(self) -> int:
         """Blocks of all stacks together."""
@@ -317,6 +326,11 @@ def place_of(node: fx.Node) -> Place | None:
     """The block that a node belongs to; None outside the stacks."""
     place: Any = node.meta.get("place")
     return place if isinstance(place, Place) else None
+
+
+def call_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """What a rewritten graph, or an arm of one, is given besides the frame, in order."""
+    return [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
 
 
 def layout_of(gm: fx.GraphModule) -> Layout:

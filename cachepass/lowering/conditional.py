@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx
 from torch._inductor.ir import Conditional, ExternKernel
 from torch._inductor.virtualized import V
 
-_PATCHING = threading.Lock()
+from cachepass.lowering.patch import replaced
 
 
-@contextlib.contextmanager
-def exact_operands() -> Iterator[None]:
+def exact_operands() -> AbstractContextManager[None]:
     """Let Inductor keep the strides that the operands of `torch.cond` have in the graph.
 
     It chooses layouts for values that it computes, and compiles the arms of a conditional for
@@ -23,19 +20,16 @@ def exact_operands() -> Iterator[None]:
     2.13: a sum of a channels-last convolution, transposed, as it enters a DiT's blocks). It does
     constrain what arms return; this does the same to what they are given.
     """
-    create = Conditional.create
 
-    def exact(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
-        nodes: Any = V.graph.current_node.args[-1]
-        laid_out = [_as_in_graph(n, o) for n, o in zip(nodes, operands, strict=True)]
-        return create(predicate, true_fn, false_fn, laid_out)
+    def make(create: Any) -> Any:
+        def exact(predicate: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+            nodes: Any = V.graph.current_node.args[-1]
+            laid_out = [_as_in_graph(n, o) for n, o in zip(nodes, operands, strict=True)]
+            return create(predicate, true_fn, false_fn, laid_out)
 
-    with _PATCHING:
-        Conditional.create = exact  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            Conditional.create = create  # type: ignore[method-assign]
+        return exact
+
+    return replaced(Conditional, "create", make)
 
 
 def _as_in_graph(node: Any, operand: Any) -> Any:

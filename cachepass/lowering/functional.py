@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from cachepass.ir import ops
-from cachepass.ir.boundary import Layout, Slot, layout_of
+from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
 from cachepass.ir.graph import walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
@@ -45,6 +45,11 @@ class Entry:
     example: Tensor
     """A fake one: shape, dtype and device."""
 
+    def cold(self, shape: Sequence[int] | None = None) -> Tensor:
+        """What it is before the first call; `shape` where the example's is symbolic."""
+        like = self.example
+        return torch.zeros(shape or like.shape, dtype=like.dtype, device=like.device)
+
 
 @dataclasses.dataclass(frozen=True)
 class Functional:
@@ -63,12 +68,17 @@ class Functional:
     changed: tuple[str, ...]
     """Names of the state that is returned, in order."""
 
+    def parts(self, made: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """What a call returned, as results, `reused` and new state."""
+        last = self.results + len(self.sites)
+        return made[: self.results], made[self.results : last], made[last:]
+
 
 class Scope:
     """A graph that is being written: the whole, or an arm. Values of outer ones are lifted in."""
 
     def __init__(self, outer: Scope | None = None) -> None:
-        self.graph, self.outer = fx.Graph(), outer
+        self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.lifted: dict[fx.Node, fx.Node] = {}
         self.state: dict[str, fx.Node] = dict(outer.state) if outer else {}
@@ -82,15 +92,9 @@ class Scope:
 
     def placeholder(self, name: str) -> fx.Node:
         """A further input, after those that there are."""
-        first = next(iter(self.graph.nodes), None)
-        if self._last is not None:
-            with self.graph.inserting_after(self._last):
-                self._last = self.graph.placeholder(name)
-        elif first is not None:
-            with self.graph.inserting_before(first):
-                self._last = self.graph.placeholder(name)
-        else:
-            self._last = self.graph.placeholder(name)
+        graph, last = self.graph, self._last
+        with graph.inserting_after(last) if last else graph.inserting_before():
+            self._last = graph.placeholder(name)
         return self._last
 
     def here(self, value: Any) -> Any:
@@ -164,9 +168,8 @@ class _Writer:
 
     def write(self) -> Functional:
         root, env = self.root, {}
-        for node in self.gm.graph.find_nodes(op="placeholder"):
-            if node.target != "frame":
-                env[node] = root.placeholder(node.name)
+        for node in call_inputs(self.gm):
+            env[node] = root.placeholder(node.name)
         assert self.layout.latent is not None
         self.input = env[self.layout.latent]
         time = self.layout.timestep
@@ -241,7 +244,7 @@ class _Writer:
             dtype = self.rule.state[rest]
         elif name == SEEN:
             shared, shape = True, (tensors.ANY + 1,)
-        return Entry(name, shared, tensors.empty_like(self.latent, shape, dtype))
+        return Entry(name, shared, self.latent.new_empty(shape, dtype=dtype))
 
     def _mask(self, scope: Scope, new: fx.Node, old: fx.Node) -> fx.Node:
         """The new value in the rows that are written."""
@@ -271,8 +274,7 @@ class _Writer:
     def _weights(self, scope: Scope, slot: str, count: int, like: fx.Node) -> fx.Node:
         newest = self.layout.slots[slot]
         predictor = next(s for s in self.policy.sites if s.name == newest.site).stand_in
-        names = [slot, *(f"{slot}.{age}" for age in range(1, predictor.history))]
-        tags = [self._state(scope, f"tag:{name}") for name in names]
+        tags = [self._state(scope, f"tag:{name}") for name in newest.ages(predictor.history)]
         wanted = getattr(predictor, "signal", None) if predictor.needs_signal else None
         measured = {} if wanted is None else {wanted: self._signal(scope, wanted)}
         return scope.call(tensors.Weights(predictor), self.step, tuple(tags), measured)
@@ -365,8 +367,8 @@ def _args(node: fx.Node, env: Env) -> Any:
 
 
 def _given(arm: fx.GraphModule, operands: Sequence[fx.Node]) -> Env:
-    inputs = [n for n in arm.graph.find_nodes(op="placeholder") if n.target != "frame"]
-    return dict(zip(inputs, operands, strict=True))
+    """What stands for the inputs of an arm."""
+    return dict(zip(call_inputs(arm), operands, strict=True))
 
 
 def _attach(scope: Scope, arm: Scope, operands: Sequence[fx.Node], hint: str) -> str:

@@ -11,17 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cachepass.ir.boundary import layout_of
 from cachepass.lowering.conditional import exact_operands
-from cachepass.lowering.functional import Entry, Functional, functionalize
+from cachepass.lowering.functional import Functional, functionalize
 from cachepass.lowering.regions import patches_of
-from cachepass.lowering.rule import BRANCHES
-from cachepass.lowering.shapes import slot_shapes
+from cachepass.lowering.rule import where_it_stands
+from cachepass.lowering.shapes import fake_inputs, latent_in, slot_shapes
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
 
@@ -40,28 +38,20 @@ class GraphCompiler:
     def __call__(self, gm: fx.GraphModule, args: Sequence[Any], policy: Policy) -> Compiled:
         """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
         started = time.perf_counter()
-        mode = FakeTensorMode(shape_env=ShapeEnv())
-        with mode, torch.no_grad():
-            fakes = [
-                mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a
-                for a in args
-            ]
-        inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
-        latent_node = layout_of(gm).latent
-        assert latent_node is not None
-        latent = fakes[inputs.index(latent_node)]
-        slots = slot_shapes(gm, fakes, latent.shape[0], mode)
+        mode, fakes = fake_inputs(args)
+        latent = latent_in(gm, fakes)
+        slots = slot_shapes(gm, fakes, mode)
         with mode:
             whole = functionalize(gm, policy, slots, latent)
             # One each: equal objects would be taken for one input.
-            numbers = [torch.zeros((), dtype=torch.int64, device=latent.device) for _ in range(3)]
+            numbers = [latent.new_zeros((), dtype=torch.int64) for _ in range(3)]
         call: Compiled = whole.gm
         if not self._eager:
             given = [*fakes, *numbers, *(entry.example for entry in whole.state)]
             call = self._inductor(whole.gm, given, mode)
         self.count += 1
         self.seconds += time.perf_counter() - started
-        return _driver(call, whole)
+        return _driver(call, whole, latent.device)
 
     def _inductor(self, gm: fx.GraphModule, given: Sequence[Any], mode: FakeTensorMode) -> Compiled:
         context = torch._guards.TracingContext(mode)
@@ -70,24 +60,16 @@ class GraphCompiler:
         return compiled  # type: ignore[no-any-return]
 
 
-def _driver(call: Compiled, whole: Functional) -> Compiled:
-    shared = {entry.name for entry in whole.state if entry.shared}
-
+def _driver(call: Compiled, whole: Functional, device: torch.device) -> Compiled:
     def driver(frame: Frame, *args: Any) -> tuple[Any, ...]:
         kept = frame.session.tensors
-
-        def key(name: str) -> tuple[str | None, str]:
-            return (None if name in shared else frame.branch, name)
-
-        state = [
-            kept[key(e.name)] if key(e.name) in kept else cold(e, _device(args))
-            for e in whole.state
-        ]
-        made = call(*args, *_numbers(frame, _device(args)), *state)
-        first, last = whole.results, whole.results + len(whole.sites)
-        results, reused, new = made[:first], made[first:last], made[last:]
+        keys = {e.name: (None if e.shared else frame.branch, e.name) for e in whole.state}
+        state = [kept[keys[e.name]] if keys[e.name] in kept else e.cold() for e in whole.state]
+        where = where_it_stands(frame.step, frame.session.num_steps, frame.branch)
+        numbers = (torch.tensor(number, device=device) for number in where.values())
+        results, reused, new = whole.parts(call(*args, *numbers, *state))
         for name, value in zip(whole.changed, new, strict=True):
-            kept[key(name)] = value
+            kept[keys[name]] = value
         masks = dict(zip(whole.sites, (mask.tolist() for mask in reused), strict=True))
         frame.reused = [
             frozenset(site for site, rows in masks.items() if rows[row])
@@ -96,20 +78,3 @@ def _driver(call: Compiled, whole: Functional) -> Compiled:
         return tuple(results)
 
     return driver
-
-
-def cold(entry: Entry, device: torch.device) -> Tensor:
-    """A tensor of the state before the first call."""
-    return torch.zeros(entry.example.shape, dtype=entry.example.dtype, device=device)
-
-
-def _device(args: Sequence[Any]) -> torch.device:
-    return next(a.device for a in args if isinstance(a, Tensor))
-
-
-def _numbers(frame: Frame, device: torch.device) -> list[Tensor]:
-    """Where a call stands: see `functional.Functional`."""
-    steps = frame.session.num_steps
-    branch = BRANCHES.index(frame.branch) if frame.branch in BRANCHES else len(BRANCHES) - 1
-    numbers = (frame.step, -1 if steps is None else steps, branch)
-    return [torch.tensor(n, device=device) for n in numbers]

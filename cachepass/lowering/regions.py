@@ -22,11 +22,12 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Slot, layout_of
+from cachepass.lowering.patch import replaced
+from cachepass.lowering.shapes import fake_inputs, latent_in
 from cachepass.runtime.denoiser import signature_of
 
 Compiled = Callable[..., Any]
@@ -74,16 +75,8 @@ def lower(
     """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
     layout = layout_of(gm)
     started = time.perf_counter()
-    # Inductor's cache of graphs works under a shape environment only, even an empty one.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode, torch.no_grad():
-        fakes = [
-            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args
-        ]
-    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
-    assert layout.latent is not None
-    rows = args[inputs.index(layout.latent)].shape[0]
-    lowering = _Lowering(layout.slots, rows, compiler, mode)
+    mode, fakes = fake_inputs(args)
+    lowering = _Lowering(layout.slots, latent_in(gm, args).shape[0], compiler, mode)
     on_cpu = all(a.device.type == "cpu" for a in args if isinstance(a, Tensor))
     # Triton's kernels are bundled into the cache as soon as a region is done: no waiting there.
     with _one_wait_for_all() if on_cpu else contextlib.nullcontext():
@@ -92,37 +85,32 @@ def lower(
     return lowered.forward
 
 
-_WAITING = threading.Lock()
-
-
 @contextlib.contextmanager
 def _one_wait_for_all() -> Iterator[None]:
     """Let the C++ compiler work on all regions at once; what is left of it is waited for here.
 
     Inductor hands its kernels to compilers in the background, and waits for them before it
     returns a region: one core would idle while the next region is lowered (a fifth of the time
-    of a cold start). A lock, since Inductor's own method stands aside meanwhile; other
-    threads that compile are not concerned.
+    of a cold start). Other threads that compile are not concerned.
     """
-    wait, me = AsyncCompile.wait, threading.get_ident()
+    me = threading.get_ident()
     left: list[tuple[AsyncCompile, dict[str, Any]]] = []
 
-    def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
-        if threading.get_ident() == me:
-            left.append((self, scope))
-        else:
-            wait(self, scope)
+    def make(wait: Any) -> Any:
+        def later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+            if threading.get_ident() == me:
+                left.append((self, scope))
+            else:
+                wait(self, scope)
+
+        return later
 
     try:
-        with _WAITING:
-            AsyncCompile.wait = later  # type: ignore[method-assign]
-            try:
-                yield
-            finally:
-                AsyncCompile.wait = wait  # type: ignore[method-assign]
+        with replaced(AsyncCompile, "wait", make):
+            yield
     finally:
         for compiling, scope in left:
-            wait(compiling, scope)
+            compiling.wait(scope)
 
 
 class _Lowering:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,14 @@ BRANCHES = ("cond", "uncond", "other")
 COND, UNCOND = 0, 1
 ANY = len(BRANCHES)
 """The place in `seen` of any branch."""
+
+
+def where_it_stands(step: int, num_steps: int | None, branch: str) -> dict[str, int]:
+    """The three numbers that a program is given for a call, by name and in order."""
+    kind = branch if branch in BRANCHES else BRANCHES[-1]
+    steps = -1 if num_steps is None else num_steps
+    return {"step": step, "num_steps": steps, "branch": BRANCHES.index(kind)}
+
 
 # ----------------------------------------------------------------------------- rows
 
@@ -165,13 +172,7 @@ class Rule:
         self.sites = tuple(site.name for site in policy.sites)
         self.cfg = frozenset(site.name for site in policy.sites if isinstance(site, Cfg))
         self.needs_timestep = policy.needs_timestep
-        self.lasting = {
-            site: tuple(
-                slot.name for slot in layout.slots.values()
-                if slot.site == site and not slot.within_step and not slot.age
-            )
-            for site in self.sites
-        }  # fmt: skip
+        self.lasting = {site: [slot.name for slot in layout.lasting(site)] for site in self.sites}
         self.state: Dtypes = dict(self.trigger.traced_state)
         """Names and dtypes of the state, (rows,) each."""
         if self.trigger.shared_by_branches:  # decided at a step's first call
@@ -242,8 +243,3 @@ class Rule:
         for tag in tags:
             held = held & (tag > 0)
         return held
-
-
-def empty_like(latent: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """A fake for a tensor of the state."""
-    return latent.new_empty(shape, dtype=dtype)

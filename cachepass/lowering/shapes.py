@@ -1,4 +1,4 @@
-"""What every slot of a rewritten graph holds: its shape, learned by running the graph on fakes."""
+"""Shapes, learned on fakes: of a graph's inputs, and of what every slot holds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from cachepass.ir.boundary import Layout, layout_of
+from cachepass.ir.boundary import Layout, call_inputs, layout_of
 from cachepass.ir.ops import Arm, When
+
+
+def fake_inputs(args: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Fakes of a call's inputs with fixed shapes, and their mode."""
+    # Inductor's cache of graphs works under a shape environment only, even an empty one.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode, torch.no_grad():
+        return mode, [
+            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args
+        ]
+
+
+def latent_in(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tensor:
+    """The latent among a call's inputs."""
+    latent = layout_of(gm).latent
+    assert latent is not None
+    found: Tensor = inputs[call_inputs(gm).index(latent)]
+    return found
 
 
 class SlotShapes:
@@ -20,8 +39,8 @@ class SlotShapes:
     def __init__(self, layout: Layout, rows: Any) -> None:
         self._layout, self._rows = layout, rows
         self.slots: dict[str, Tensor] = {}
-        self.signals: dict[str, int] = {}
-        """Number of sums of each signal."""
+        self.moves: list[tuple[str, str]] = []
+        """(newer, older): the newer one may not be written yet."""
 
     def read(self, slot: str, like: Tensor | None) -> Tensor:
         if like is None:
@@ -29,17 +48,15 @@ class SlotShapes:
         return torch.empty(like.shape, dtype=self._layout.slots[slot].dtype, device=like.device)
 
     def write(self, slot: str, value: Tensor) -> None:
-        self.slots[slot] = value.contiguous()
+        self.slots[slot] = _like(value)
 
     def shift(self, newer: str, older: str) -> None:
-        if newer in self.slots:
-            self.slots[older] = self.slots[newer]
+        self.moves.append((newer, older))
 
     def weights(self, slot: str, count: int, like: Tensor) -> Tensor:
         return torch.empty(self._rows, count, device=like.device)
 
-    def observe(self, signal: str, slot: str, sums: Tensor) -> None:
-        self.signals[signal] = sums.shape[1]
+    def observe(self, signal: str, slot: str, sums: Tensor) -> None: ...
 
     def decide(self) -> None: ...
 
@@ -53,25 +70,28 @@ class SlotShapes:
 
 
 def slot_shapes(
-    gm: fx.GraphModule, fakes: Sequence[Any], rows: Any, mode: FakeTensorMode
+    gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode
 ) -> dict[str, Tensor]:
     """Slot -> a fake of what it holds, for fake inputs.
 
     Args:
         gm: a rewritten graph.
         fakes: its inputs but for the frame.
-        rows: of a call.
         mode: the mode of the fakes.
     """
-    layout = layout_of(gm)
-    frame = SlotShapes(layout, rows)
+    frame = SlotShapes(layout_of(gm), latent_in(gm, fakes).shape[0])
     environment = mode.shape_env
     assert environment is not None
     with (
         mode, torch.no_grad(), enable_python_dispatcher(),
         environment.ignore_fresh_unbacked_symbols(),
     ):  # fmt: skip
-        # An older value is read before a newer one has moved there: a run for each age.
-        for _ in range(2 + max((slot.age for slot in layout.slots.values()), default=0)):
-            gm(frame, *fakes)
+        gm(frame, *fakes)
+        for newer, older in reversed(frame.moves):  # what is newer comes to be known first
+            frame.slots[older] = _like(frame.slots[newer])
     return frame.slots
+
+
+def _like(value: Tensor) -> Tensor:
+    """Contiguous, and no other slot's memory: two inputs that share it would be taken for one."""
+    return torch.empty_like(value, memory_format=torch.contiguous_format)

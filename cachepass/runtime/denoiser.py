@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from cachepass.errors import PolicyError, SessionError
-from cachepass.ir.boundary import Cfg, Layout, layout_of
+from cachepass.ir.boundary import Cfg, Layout, call_inputs, layout_of
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
 from cachepass.runtime.session import ENTERED, Ahead, Conditioning, History, Session
@@ -240,7 +240,7 @@ class Program:
         self.denoiser, self.gm, self.layout = denoiser, gm, layout_of(gm)
         self._lower = lower
         self._drivers: dict[tuple[Any, ...], Driver] = {}
-        places = [n for n in gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
+        places = call_inputs(gm)
         index = {n: i for i, n in enumerate(places)}
         layout: Layout = self.layout
         assert layout.latent is not None

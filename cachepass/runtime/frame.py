@@ -103,7 +103,7 @@ class Frame:
 
     def _row_weights(self, newest: Slot, count: int, row: int) -> tuple[float, ...]:
         session, predictor = self.session, self.sites[newest.site or ""].stand_in
-        names = [newest.name, *(f"{newest.name}.{age}" for age in range(1, predictor.history))]
+        names = newest.ages(predictor.history)
         steps = (session.written(self.layout.slots[n], self.branch, row) for n in names)
         kept = tuple(step for step in steps if step is not None)
         newest_alone = (1.0,) + (0.0,) * (count - 1)

@@ -219,10 +219,7 @@ class Session:
 
     def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
         """Whether what a site keeps from step to step is there for a row."""
-        lasting = [
-            s for s in layout.slots.values()
-            if s.site == site.name and not s.within_step and not s.age
-        ]  # fmt: skip
+        lasting = layout.lasting(site.name)
         return bool(lasting) and all(
             self.written(slot, branch, row) is not None for slot in lasting
         )

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import cachepass
 from cachepass.errors import CachePassError, PolicyError
-from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
 from cachepass.runtime.session import Session
-from tests.graphs import Script
+from tests.graphs import SITES, Script, examples
 from tests.models import TOY, WAN, distance
 from tests.requests import BOTH, decisions, run
 
@@ -82,21 +81,13 @@ def test_arms_get_their_operands_as_they_were_compiled_for() -> None:
         assert distance(cached(**TOY.example()), want) < 1e-5
 
 
-SITES: tuple[Site, ...] = (
-    WholeCall(),
-    Cfg(),
-    Blocks(),
-    Blocks(name="block", start=1, stop=3),
-    Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)),
-    Sublayers(name="mlp", kinds=(Kind.MLP,)),
-)
 NAMES = [site.name for site in SITES]
 ROWS = 2
 _CACHE: dict[Any, tuple[Any, Any, Script]] = {}
 
 
 @pytest.mark.parametrize("predictor", [None, cachepass.Taylor(order=2)], ids=["usual", "taylor"])
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@examples(15)
 @given(
     table=st.dictionaries(
         st.tuples(st.integers(0, 4), st.sampled_from(BOTH), st.integers(0, ROWS - 1)),

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import cachepass
-from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
-from tests.graphs import Script
+from tests.graphs import SITES, Script, examples
 from tests.models import WAN, distance
 from tests.reference import Reference
 from tests.requests import BOTH, assert_follows, caller, decisions, denoise
@@ -20,20 +19,8 @@ from tests.rules import ScheduleRule
 pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
 
 STEPS = 5
-KINDS = ("step", "cfg", "stack", "block", "attention", "mlp")
-SITES: tuple[Site, ...] = (
-    WholeCall(),
-    Cfg(),
-    Blocks(),
-    Blocks(name="block", start=1, stop=3),
-    Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION, Kind.CROSS_ATTENTION)),
-    Sublayers(name="mlp", kinds=(Kind.MLP,)),
-)
+KINDS = [site.name for site in SITES]
 SOME = st.sets(st.sampled_from(KINDS), max_size=2)
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
 @examples(40)

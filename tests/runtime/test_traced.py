@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import cachepass
 from cachepass.errors import PolicyError
@@ -39,6 +39,7 @@ from cachepass.runtime.triggers import (
     TransformRate,
     Windowed,
 )
+from tests.graphs import examples
 
 SITES = ("a", "b")
 ROWS = 2
@@ -129,7 +130,7 @@ def as_tensors(rows: list[Facts]) -> TracedFacts:
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
-@settings(deadline=None, max_examples=25, derandomize=True, database=None)
+@examples(25)
 @given(request_=requests())
 def test_a_rule_decides_alike_as_tensor_code(name: str, request_: list[list[Facts]]) -> None:
     trigger = TRIGGERS[name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from cachepass.adapters.diffusers import follow
 from cachepass.errors import CachePassError, SessionError
-from cachepass.export import METADATA, REQUEST
+from cachepass.export.onnx_file import METADATA
+from cachepass.export.program import REQUEST
 from cachepass.lowering.rule import where_it_stands
 
 _TYPES: dict[str, tuple[torch.dtype, Any]] = {
@@ -42,7 +45,7 @@ class Denoiser(nn.Module):
         providers: of onnxruntime, in order of preference; its own choice if None.
 
     Raises:
-        CachePassError: no file of `export_onnx`, or its shapes are not fixed.
+        CachePassError: no file of `export_onnx`.
     """
 
     def __init__(
@@ -128,8 +131,9 @@ class Denoiser(nn.Module):
             )
         binding = self.session.io_binding()
         alive = [self._bind(binding, name, value) for name, value in given.items()]
+        sizes = self._sizes(given)
         for name in self._state:
-            binding.bind_ortvalue_input(name, self._value(name))
+            binding.bind_ortvalue_input(name, self._value(name, sizes))
         device = alive[0].device.type
         for name in self._outputs:
             binding.bind_output(name, device)
@@ -157,20 +161,62 @@ class Denoiser(nn.Module):
     def _key(self, name: str) -> tuple[str, str]:
         return ("" if name.startswith(f"{REQUEST}.") else self._branch, name)
 
-    def _value(self, name: str) -> Any:
+    def _sizes(self, given: Mapping[str, Tensor]) -> dict[str, int]:
+        """What stands in this call for the sizes that the file leaves open, by their names."""
+        sizes: dict[str, int] = {}
+        for name, value in given.items():
+            declared = self._inputs[name].shape
+            if len(declared) != value.ndim:
+                raise CachePassError(
+                    f"{name!r} has the shape {tuple(value.shape)}, the program takes "
+                    f"{_shown(declared)}"
+                )
+            for wanted, size in zip(declared, value.shape, strict=True):
+                known = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
+                if known != size:
+                    raise CachePassError(
+                        f"{name!r} has the shape {tuple(value.shape)}, the program takes "
+                        f"{_shown(declared)}"
+                        + (f" with {wanted} = {known}" if isinstance(wanted, str) else "")
+                    )
+        return sizes
+
+    def _value(self, name: str, sizes: Mapping[str, int]) -> Any:
         """A tensor of the state: what the last call left, or zeros."""
         key = self._key(name)
         if key not in self._kept:
             declared = self._inputs[name]
-            if not all(isinstance(size, int) for size in declared.shape):
-                raise CachePassError(
-                    f"the state {name!r} has the shape {declared.shape}: Denoiser runs programs "
-                    "of fixed shapes, export without `dynamic_shapes`"
-                )
+            shape = [evaluate(n, sizes) if isinstance(n, str) else n for n in declared.shape]
             _, kind = _TYPES[declared.type]
-            zeros = np.zeros(declared.shape, kind)
-            self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
+            self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind))
         return self._kept[key]
+
+
+_ARITHMETIC: dict[type, Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
+
+
+def evaluate(text: str, sizes: Mapping[str, int]) -> int:
+    """A size as ONNX spells it, such as ``2*((s20//2))``, for known ones."""
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.BinOp(left, op, right) if type(op) in _ARITHMETIC:
+                result: int = _ARITHMETIC[type(op)](value(left), value(right))
+                return result
+            case ast.Constant(int(number)):
+                return number
+            case ast.Name(name) if name in sizes:
+                return sizes[name]
+        raise CachePassError(f"the size {text!r} in the file does not follow from the inputs'")
+
+    return value(ast.parse(text, mode="eval").body)
+
+
+def _shown(shape: list[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"
 
 
 def _tensor(value: Any) -> Tensor:

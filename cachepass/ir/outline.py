@@ -3,7 +3,7 @@
 Why not `torch.compiler.nested_compile_region` (`invoke_subgraph`): it needs marks in the
 user's modules before capture, shares within one Inductor graph only, and cannot
 have a Python conditional between two calls. Regions are plain GraphModules, compiled once
-each. `lowering="graph"` inlines them; there `invoke_subgraph` would serve.
+each. `lowering="graph"` makes an `invoke_subgraph` of those that are called more than once.
 """
 
 from __future__ import annotations

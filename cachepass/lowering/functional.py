@@ -13,6 +13,7 @@ a call ahead of its turn, and so a host.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.invoke_subgraph import (
+    NestedCompileRegionOptions,
+    invoke_subgraph,
+)
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
@@ -119,7 +124,12 @@ class Scope:
 
 
 def functionalize(
-    gm: fx.GraphModule, policy: Policy, slots: Mapping[str, Tensor], latent: Tensor
+    gm: fx.GraphModule,
+    policy: Policy,
+    slots: Mapping[str, Tensor],
+    latent: Tensor,
+    *,
+    share: Mapping[Any, Any] | None = None,
 ) -> Functional:
     """Write a graph anew, without its frame.
 
@@ -128,11 +138,17 @@ def functionalize(
         policy: what it was rewritten for; each of its rules has to have a form in tensor code.
         slots: slot -> a fake of what it holds (`lowering.shapes`).
         latent: a fake of it.
+        share: if given, equal regions are one subgraph each (`invoke_subgraph`), which Inductor
+            compiles once and which is traced with these decompositions. Else a region is written
+            out wherever it is called.
 
     Raises:
         PolicyError: the policy needs the host.
     """
-    return _Writer(gm, policy, slots, latent).write()
+    writer = _Writer(gm, policy, slots, latent)
+    if share is not None:
+        writer.share_regions(share)
+    return writer.write()
 
 
 class _Writer:
@@ -155,6 +171,9 @@ class _Writer:
         self.root = Scope()
         self.taken: dict[str, fx.Node] = {}
         self.full: fx.Node | None = None
+        self.shared: set[str] = set()
+        """Names of regions that are one subgraph for all their calls."""
+
         self.do: dict[Any, Callable[..., Any]] = {
             ops.cache_read: self._read,
             ops.cache_write: self._write,
@@ -165,6 +184,19 @@ class _Writer:
             ops.conditional: self._select,
             ops.guard: self._guard,
         }
+
+    def share_regions(self, decompositions: Mapping[Any, Any]) -> None:
+        """Those that are called more than once."""
+        calls = [(p, n) for p in walk(self.gm) for n in p.graph.find_nodes(op="call_module")]
+        counts = collections.Counter(str(node.target) for _, node in calls)
+        for part, node in calls:
+            name = str(node.target)
+            if counts[name] > 1:
+                self.shared.add(name)
+                # Named, as the arms of a `torch.cond` are first traced without any, and a
+                # subgraph is traced once (torch 2.13).
+                options = NestedCompileRegionOptions(decompositions=dict(decompositions))
+                getattr(part, name).meta["nested_region_config"] = options
 
     def write(self) -> Functional:
         root, env = self.root, {}
@@ -208,9 +240,14 @@ class _Writer:
                     scope.root[str(node.target)] = value
                     env[node] = scope.graph.get_attr(str(node.target))
             elif node.op == "call_module":
-                scope.root[str(node.target)] = getattr(part, str(node.target))
+                name = str(node.target)
+                scope.root[name] = getattr(part, name)
                 args = fx.map_arg(node.args, lambda n: scope.here(env[n]))
-                env[node] = scope.graph.call_module(str(node.target), args)
+                if name in self.shared:
+                    region = scope.graph.get_attr(name)
+                    env[node] = scope.call(invoke_subgraph, region, name, *args)
+                else:
+                    env[node] = scope.graph.call_module(name, args)
             elif node.target in self.do:
                 env[node] = self.do[node.target](scope, *_args(node, env))
             else:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 
 from cachepass.lowering.conditional import exact_operands
@@ -42,7 +43,8 @@ class GraphCompiler:
         latent = latent_in(gm, fakes)
         slots = slot_shapes(gm, fakes, mode)
         with mode:
-            whole = functionalize(gm, policy, slots, latent)
+            share = None if self._eager else select_decomp_table()
+            whole = functionalize(gm, policy, slots, latent, share=share)
             # One each: equal objects would be taken for one input.
             numbers = [latent.new_zeros((), dtype=torch.int64) for _ in range(3)]
         call: Compiled = whole.gm

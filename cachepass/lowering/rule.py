@@ -58,7 +58,9 @@ def tag_of(step: Tensor, latent: Tensor) -> Tensor:
 
 
 def own(value: Tensor) -> Tensor:
-    """Contiguous memory of its own."""
+    """Contiguous memory of its own; a size is what it is."""
+    if not isinstance(value, Tensor):
+        return value
     return value.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,0 +1,32 @@
+"""Packages of AOTInductor, from Python and from C++."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+import cachepass
+from tests.models import TOY, WAN, Tiny, distance
+
+
+# The toy's blocks are entered by a transposed sum of a convolution, for which Inductor
+# chooses another layout than it compiles the arms of a conditional for.
+@pytest.mark.parametrize("tiny", [TOY, pytest.param(WAN, marks=pytest.mark.full)], ids=["toy", ""])
+def test_a_package_of_aotinductor(tiny: Tiny, tmp_path: pathlib.Path) -> None:
+    path, policy = tmp_path / "model.pt2", cachepass.Schedule(reuse={1: "stack"})
+    cachepass.export_aoti(tiny.model(), tiny.example(), path, policy=policy)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+    program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
+    given: dict[str, Any] = dict(program.example_inputs[1])
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for step in range(2):
+        given["step"] = torch.tensor(step)
+        with torch.no_grad():
+            want, got = program.module()(**given), loaded(**given)
+        assert distance(got["output"], want["output"]) < 1e-5
+        assert bool(got["reused"]["stack"].all()) == (step == 1)
+        # In the order that they were given: a package goes by place.
+        given["state"] = {kind: kept | want["state"][kind] for kind, kept in given["state"].items()}

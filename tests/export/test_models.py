@@ -1,0 +1,89 @@
+"""Every lowering of some models and policies: decisions and outputs of `regions`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+import cachepass
+from examples.shapes.codec import CHANNELS
+from examples.shapes.model import load
+from examples.shapes.world import TEXT_DIM
+from tests.export.runners import Compiled, Exported, Inputs, Runtime, agree, branches_of
+from tests.models import TINY, Tiny
+
+POLICIES: dict[str, cachepass.NamedPolicy] = {
+    policy.name: policy
+    for policy in (
+        cachepass.FirstBlock(threshold=0.3, warmup_steps=1),
+        cachepass.TeaCache(threshold=0.3, warmup_steps=1),
+        cachepass.AdaCache(codebook=((0.13, 3), (9.0, 2)), motion=False),
+        cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
+        cachepass.EasyCache(threshold=0.5, warmup_steps=1),
+    )
+}
+
+
+def _shapes_inputs() -> Inputs:
+    return {
+        "hidden_states": torch.randn(1, CHANNELS, 4, 8, 8),
+        "timestep": torch.tensor([1000.0]),
+        "encoder_hidden_states": torch.randn(1, 4, TEXT_DIM),
+        "return_dict": False,
+    }
+
+
+MODELS = {name: TINY[name] for name in ("wan", "cogvideox", "flux", "hunyuan", "ltx")}
+MODELS["shapes"] = Tiny(lambda: load("small"), _shapes_inputs, blocks=6)
+TWO_CALLS = ("wan", "ltx", "shapes")
+# AdaCache measures a self-attention, which is not found where two streams share it.
+JOINT = ("cogvideox", "flux", "hunyuan")
+CASES = [
+    pytest.param(model, policy, id=f"{model}-{policy}")
+    for model in MODELS
+    for policy in POLICIES
+    if not (model in JOINT and policy == "adacache")
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "policy_name"), CASES)
+def test_all_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("onnxscript")
+    from cachepass.onnx import Denoiser
+
+    tiny, policy = MODELS[name], POLICIES[policy_name]
+    branches = branches_of(tiny, *(("cond", "uncond") if name in TWO_CALLS else ("cond",)))
+    reference = Compiled(tiny, policy)
+    agree(Compiled(tiny, policy, lowering="graph"), reference, branches, 1e-5)
+
+    given: dict[str, Any] = {"policy": policy}
+    program = cachepass.export(tiny.model(), tiny.example(), **given)
+    exported = Exported(program.module(), program.example_inputs[1]["state"])
+    agree(exported, Compiled(tiny, policy), branches, 1e-5)
+
+    cachepass.export_onnx(tiny.model(), tiny.example(), tmp_path / "model.onnx", **given)
+    denoiser = Denoiser(tmp_path / "model.onnx")
+    agree(Runtime(denoiser), Compiled(tiny, policy), branches, 1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "policy_name"),
+    [
+        *((name, "firstblock") for name in MODELS),
+        *(("wan", policy) for policy in POLICIES if policy != "firstblock"),
+    ],
+)
+def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
+    tiny, policy = MODELS[name], POLICIES[policy_name]
+    branches = branches_of(tiny, *(("cond", "uncond") if name in TWO_CALLS else ("cond",)))
+    path = tmp_path / "model.pt2"
+    cachepass.export_aoti(tiny.model(), tiny.example(), path, policy=policy)
+    program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    packaged = Exported(loaded, program.example_inputs[1]["state"])
+    agree(packaged, Compiled(tiny, policy), branches, 1e-5)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from cachepass.adapters.diffusers import follow
 from cachepass.errors import CachePassError, SessionError
+from cachepass.export.names import REQUEST
 from cachepass.export.onnx_file import METADATA
-from cachepass.export.program import REQUEST
 from cachepass.lowering.rule import where_it_stands
 
 _TYPES: dict[str, tuple[torch.dtype, Any]] = {
@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         providers: of onnxruntime, in order of preference; its own choice if None.
 
     Raises:
-        CachePassError: no file of `export_onnx`.
+        CachePassError: no file of `export_onnx`, or onnxruntime cannot run it.
     """
 
     def __init__(
@@ -56,9 +56,7 @@ class Denoiser(nn.Module):
         providers: list[str] | None = None,
     ) -> None:
         super().__init__()
-        self.session = onnxruntime.InferenceSession(
-            os.fspath(path), providers=providers or onnxruntime.get_available_providers()
-        )
+        self.session = _load(os.fspath(path), providers)
         text = self.session.get_modelmeta().custom_metadata_map.get(METADATA)
         if text is None:
             raise CachePassError(f"{os.fspath(path)} was not made by cachepass.export_onnx")
@@ -190,6 +188,20 @@ class Denoiser(nn.Module):
             _, kind = _TYPES[declared.type]
             self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind))
         return self._kept[key]
+
+
+def _load(path: str, providers: list[str] | None) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: what it folds away on its way is nobody's concern
+    try:
+        return onnxruntime.InferenceSession(
+            path, options, providers=providers or onnxruntime.get_available_providers()
+        )
+    except Exception as error:  # its own have no base class but this
+        raise CachePassError(
+            f"onnxruntime cannot load {path}: {str(error).splitlines()[0]} A type that it has no "
+            "kernel for (bfloat16 on a CPU) is avoided by exporting the model in float32 or float16"
+        ) from error
 
 
 _ARITHMETIC: dict[type, Any] = {

@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
-from cachepass.ir.graph import mutated, same_shape
+from cachepass.ir.graph import module_paths, mutated, same_shape
 from cachepass.pass_manager import PassResult
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
@@ -97,19 +97,6 @@ def _roots(graph: fx.Graph, layout: Layout) -> dict[fx.Node, frozenset[fx.Node]]
     return roots
 
 
-def _module_paths(node: fx.Node) -> list[tuple[str, str]]:
-    """(path, class name) of the modules around a node, outermost first."""
-    stack = node.meta.get("nn_module_stack") or {}
-    found = []
-    for path, kind in stack.values():
-        path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
-        path = re.sub(r"\['([^']+)'\]", r".\1", path)
-        path = re.sub(r"^L\.?(self|fn|mod)?\.?(self\.?)?", "", path).lstrip(".")
-        path = path.removeprefix("_orig_mod.")
-        found.append((path, kind if isinstance(kind, str) else kind.__qualname__))
-    return found
-
-
 def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]) -> None:
     entry = re.compile(r"^(.*?)\.?(\d+)$")
     members: dict[str, dict[int, str]] = collections.defaultdict(dict)
@@ -118,7 +105,7 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
     attends: set[str] = set()
     nodes = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
     for node in nodes:
-        paths = _module_paths(node)
+        paths = module_paths(node)
         for depth, (path, kind) in enumerate(paths):
             match = entry.match(path)
             if match is None:
@@ -140,7 +127,7 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
     }
     counter: dict[tuple[str, int], int] = {}
     for node in nodes:
-        for path, _ in _module_paths(node):
+        for path, _ in module_paths(node):
             match = entry.match(path)
             if match and match[1] in stacks:
                 key = (match[1], int(match[2]))
@@ -321,7 +308,7 @@ def _sublayer_name(cone: Sequence[fx.Node]) -> str:
     children: collections.Counter[str] = collections.Counter()
     for node in cone:
         place = place_of(node)
-        for path, _ in _module_paths(node):
+        for path, _ in module_paths(node):
             match = re.match(rf"^{re.escape(place.stack)}\.\d+\.([^.]+)", path) if place else None
             if match:
                 children[match[1]] += 1

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from cachepass.errors import CachePassError
 from cachepass.export.files import all_or_nothing, target_of
-from cachepass.export.program import BRANCH, REQUEST, program_of
+from cachepass.export.names import becomes, flat_names
+from cachepass.export.program import program_of
 from cachepass.lowering.conditional import equal_outputs
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 
 METADATA = "cachepass"
 """Key of the metadata: JSON, with the output that each input of the state becomes."""
-
-_KINDS = (f"{BRANCH}.", f"{REQUEST}.")
 
 
 def export_onnx(
@@ -56,10 +55,9 @@ def export_onnx(
     target = target_of(path, ".onnx")
     chosen = for_model(resolve(policy, options), model)
     program = program_of(model, example_inputs, chosen, dynamic_shapes)
-    inputs, outputs = _flat_names(program)
+    inputs, outputs = flat_names(program)
     try:
-        with warnings.catch_warnings(), equal_outputs():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own code
+        with _quiet(), equal_outputs():
             made = torch.onnx.export(
                 program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
             )
@@ -68,7 +66,7 @@ def export_onnx(
     assert made is not None
     made.model.metadata_props[METADATA] = json.dumps(
         {
-            "state": {name: f"new.{name}" for name in inputs if name.startswith(_KINDS)},
+            "state": becomes(inputs),
             "needs_num_steps": chosen.trigger.needs_num_steps,
             "policy": repr(policy),
             "config": _plain(getattr(model, "config", {})),
@@ -78,32 +76,51 @@ def export_onnx(
         made.save(partial)
 
 
-def _flat_names(program: ExportedProgram) -> tuple[list[str], list[str]]:
-    """Names of all inputs and outputs, in order."""
-    given: Any = program.example_inputs
-    outputs = pytree.tree_unflatten(
-        list(range(program.call_spec.out_spec.num_leaves)), program.call_spec.out_spec
-    )
-    inputs = [name.removeprefix("state.") for name in _paths(given[1])]
-    return inputs, [re.sub(r"^state\.", "new.", name) for name in _paths(outputs)]
-
-
-def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
-    """``a.b`` for the leaves of nested dicts and tuples, in their order."""
-    if isinstance(tree, dict):
-        for name, inside in tree.items():
-            yield from _paths(inside, f"{prefix}.{name}" if prefix else str(name))
-    elif isinstance(tree, tuple | list):
-        for i, inside in enumerate(tree):
-            yield from _paths(inside, f"{prefix}.{i}")
-    else:
-        yield prefix
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter has to say of its own code, of torchvision and of folding."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:
-    """What an exporter complains about, in a line: its cause's first one names the node."""
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0][:300]
+    """What is in the way: the operator, its node, its module, and the line of the user's code."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    reason = (str(causes[-1]).strip().splitlines() or [repr(causes[-1])])[0][:300]
+    found = [node for node in map(_node_in, causes) if node is not None]
+    if not found:
+        return reason
+    node = found[-1]
+    module = (node.meta.get("custom") or {}).get("module")
+    # The last lines of a trace are the code and its markers.
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    code = [line for line in lines if line.strip("^~ ")][-2:]
+    return "; ".join(
+        (
+            f"node {node.name!r}" + (f" in module {module!r}" if module else ""),
+            *([": ".join(code)] if code else []),
+            reason,
+            "compute it otherwise, or take cachepass.export or export_aoti, which run all of torch",
+        )
+    )
+
+
+def _node_in(error: BaseException) -> fx.Node | None:
+    """The node at which the exporter was: it decomposes a graph of its own, and says the name."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    nodes = [frame.f_locals.get("node") for frame in frames]
+    return next((node for node in reversed(nodes) if isinstance(node, fx.Node)), None)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

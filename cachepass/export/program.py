@@ -28,6 +28,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cachepass import capture
 from cachepass.errors import CachePassError, CaptureError
+from cachepass.export.names import BRANCH, REQUEST
 from cachepass.export.open_sizes import check_open, hold_to, open_sizes_of
 from cachepass.ir.boundary import call_inputs, layout_of
 from cachepass.lowering.conditional import equal_outputs
@@ -38,9 +39,6 @@ from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.policy import Policy
-
-BRANCH, REQUEST = "branch", "request"
-"""The two parts of the state."""
 
 _FIRST_CALL = where_it_stands(0, None, BRANCHES[0])
 
@@ -104,7 +102,16 @@ def program_of(
             program, (), {**given, **numbers, "state": state}, dynamic_shapes=shapes, strict=False
         )
     check_open(exported, open_sizes)
+    _forget_generated_code(exported)
     return exported
+
+
+def _forget_generated_code(program: ExportedProgram) -> None:
+    """Drop traces that lead into code which FX wrote: they tell nobody anything, in megabytes."""
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if "<eval_with_key>" in (node.stack_trace or ""):
+                del node.meta["stack_trace"]
 
 
 class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
@@ -245,7 +252,10 @@ class _Program(nn.Module):
             hold_to(state[kind][key], self._shape(entry, given))
             before.append(state[kind][key])
         numbers = [given[name] for name in _FIRST_CALL]
-        made = self.gm(*(source(given) for source in self._sources), *numbers, *before)
+        # Node by node, which is how torch learns where one comes from.
+        inputs = (source(given) for source in self._sources)
+        with fx.traceback.preserve_node_meta():
+            made = fx.Interpreter(self.gm).run(*inputs, *numbers, *before)
         results, reused, changed = whole.parts(made)
         new: dict[str, dict[str, Tensor]] = {BRANCH: {}, REQUEST: {}}
         for name, value in zip(whole.changed, changed, strict=True):

@@ -7,6 +7,7 @@ those attributes where the nodes that name them are, so that passes need not car
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -258,3 +259,16 @@ def walk(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
     yield gm
     for arm in nested(gm):
         yield from walk(arm)
+
+
+def module_paths(node: fx.Node) -> list[tuple[str, str]]:
+    """(path, class name) of the modules around a node, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = []
+    for path, kind in stack.values():
+        path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
+        path = re.sub(r"\['([^']+)'\]", r".\1", path)
+        path = re.sub(r"^L\.?(self|fn|mod)?\.?(self\.?)?", "", path).lstrip(".")
+        path = path.removeprefix("_orig_mod.")
+        found.append((path, kind if isinstance(kind, str) else kind.__qualname__))
+    return found

@@ -87,7 +87,8 @@ def _region(
 
 
 def _value_of(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k == "example_value"}
+    # Where a node comes from is of the first run of those that share the region.
+    return {k: node.meta[k] for k in ("example_value", "stack_trace", "custom") if k in node.meta}
 
 
 def _key(

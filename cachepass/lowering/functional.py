@@ -240,19 +240,25 @@ class _Writer:
                     scope.root[str(node.target)] = value
                     env[node] = scope.graph.get_attr(str(node.target))
             elif node.op == "call_module":
-                name = str(node.target)
-                scope.root[name] = getattr(part, name)
-                args = fx.map_arg(node.args, lambda n: scope.here(env[n]))
-                if name in self.shared:
-                    region = scope.graph.get_attr(name)
-                    env[node] = scope.call(invoke_subgraph, region, name, *args)
-                else:
-                    env[node] = scope.graph.call_module(name, args)
+                region = getattr(part, str(node.target))
+                env[node] = self._call(scope, str(node.target), region, [env[n] for n in node.args])
+            elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
+                env[node] = env[node.args[0]][node.args[1]]
             elif node.target in self.do:
                 env[node] = self.do[node.target](scope, *_args(node, env))
             else:
                 env[node] = scope.graph.node_copy(node, lambda n: scope.here(env[n]))
         raise AssertionError("a graph has an output")
+
+    def _call(
+        self, scope: Scope, name: str, region: fx.GraphModule, given: Sequence[Any]
+    ) -> fx.Node | list[Any]:
+        """A region: one subgraph of several calls, or written out."""
+        if name in self.shared:
+            scope.root[name] = region
+            return scope.call(invoke_subgraph, scope.graph.get_attr(name), name, *given)
+        inputs = region.graph.find_nodes(op="placeholder")
+        return list(self.run(region, scope, dict(zip(inputs, given, strict=True))))
 
     # ------------------------------------------------------------------------ state
 

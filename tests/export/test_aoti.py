@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cachepass
+from examples.export.request import Request
 from tests.models import TOY, WAN, Tiny, distance
 
 
@@ -30,3 +31,23 @@ def test_a_package_of_aotinductor(tiny: Tiny, tmp_path: pathlib.Path) -> None:
         assert bool(got["reused"]["stack"].all()) == (step == 1)
         # In the order that they were given: a package goes by place.
         given["state"] = {kind: kept | want["state"][kind] for kind, kept in given["state"].items()}
+
+
+@pytest.mark.full
+def test_a_package_in_a_program_of_c_plus_plus(tmp_path: pathlib.Path) -> None:
+    from examples.export.aoti import build, run
+    from examples.export.program import run as run_program
+
+    request = Request(
+        noise=torch.randn(1, 4, 2, 8, 8),
+        texts={"cond": torch.randn(1, 5, 16), "uncond": torch.randn(1, 5, 16)},
+        sigmas=torch.linspace(1, 0, 9),
+    )
+    policy = cachepass.FirstBlock(threshold=0.3, warmup_steps=1)
+    path = tmp_path / "model.pt2"
+    cachepass.export_aoti(WAN.model(), request.call(), path, policy=policy)
+    program = cachepass.export(WAN.model(), request.call(), policy=policy)
+    cold = program.example_inputs[1]["state"]
+    want, skipped = run_program(program.module(), cold, request)
+    assert 0 < skipped < 16
+    assert distance(run(build(tmp_path / "build"), path, request, tmp_path), want) < 1e-5

@@ -13,7 +13,7 @@ import cachepass
 from cachepass.errors import CachePassError, SessionError
 from tests.export.runners import Compiled, Runtime, agree, branches_of, denoise, wan_of
 from tests.export.test_program import FIRST_BLOCK, OPEN
-from tests.models import WAN, distance
+from tests.models import TOY, WAN, ToyBlock, distance
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +75,47 @@ def test_nothing_is_left_of_an_export_that_fails(
     with pytest.raises(CachePassError, match="the export to ONNX failed: no operator for node mm"):
         cachepass.export_onnx(WAN.model(), WAN.example(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Odd(ToyBlock):
+    """A block with an operator that ONNX does not have."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale: Tensor = torch.special.bessel_j0(x.mean())
+        return super().forward(x, c) * scale
+
+
+def test_an_operator_that_onnx_does_not_have(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("onnxscript")
+    model = TOY.model()
+    model.layers = torch.nn.ModuleList(Odd(16) for _ in range(3))
+    with pytest.raises(
+        CachePassError,
+        match=r"(?s)node 'bessel_j0' in module 'layers\.0'; File .*test_onnx.*bessel_j0\(x\.mean"
+        r".*No ONNX function found for .*bessel_j0.*compute it otherwise, or take",
+    ):
+        cachepass.export_onnx(
+            model,
+            TOY.example(),
+            tmp_path / "model.onnx",
+            policy=cachepass.Schedule(reuse={1: "stack"}),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_type_that_onnxruntime_does_not_know(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("onnxscript")
+    inputs = {
+        name: value.bfloat16() if name == "x" else value for name, value in TOY.example().items()
+    }
+    path = tmp_path / "model.onnx"
+    cachepass.export_onnx(
+        TOY.model().bfloat16(), inputs, path, policy=cachepass.Schedule(reuse={1: "stack"})
+    )
+    with pytest.raises(
+        CachePassError, match=r"cannot load .*bfloat16.* exporting the model in flo"
+    ):
+        runner_of(path)
 
 
 def test_a_path_that_will_not_do() -> None:

@@ -1,0 +1,1 @@
+"""A cached model that leaves Python, or torch: one file for each way."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import compile_time, floor, overhead, quality, relay
+from benchmarks import compile_time, floor, one_graph, overhead, quality, relay
 from benchmarks.figures import Result, keep, table
 from benchmarks.testbed import Progress
 from examples.shapes.progress import StatusLine
@@ -26,6 +26,7 @@ TITLES = {
     "c": "(c) first calls in fresh processes",
     "d": "(d) quality at equal cost",
     "e": "(e) a small model takes over",
+    "f": "(f) one graph, and onnxruntime",
 }
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.prompts, options.seeds, options.window, progress
         ),
         "e": lambda progress: relay.measure(options.prompts, options.seeds, progress),
+        "f": lambda progress: one_graph.measure(options.pairs, options.videos, progress),
     }
     status = StatusLine()
     tables = []
@@ -75,11 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what cachepass costs and gains.",
     )
     add = parser.add_argument
-    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e")
-    add("--pairs", type=int, default=15, help="(a, b) rounds; at least 15 for a figure")
+    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e,f")
+    add("--pairs", type=int, default=15, help="(a, b, f) rounds; at least 15 for a figure")
     add("--repeats", type=int, default=3, help="(c) fresh processes of each kind")
     add("--prompts", type=int, default=4, help=f"(d, e) at most {len(quality.PROMPTS)}")
     add("--seeds", type=int, default=2, help="(d, e) videos for each prompt")
+    add("--videos", type=int, default=5, help="(f) rounds of videos")
     add("--window", type=float, default=0.1, help="(d) costs of schedules around a policy's")
     add("--out", type=Path, default=Path("benchmarks/results/bench.json"))
     return parser

@@ -37,7 +37,8 @@ class Denoiser(nn.Module):
         pipe.transformer = cachepass.onnx.Denoiser("model.onnx", scheduler=pipe.scheduler)
 
     The scheduler tells requests and steps, `cache_context` the branches. In a loop of one's own
-    call `begin_request` and `end_step`, and enter `cache_context` around each call.
+    call `begin_request` and `end_step`, and enter `cache_context` around each call. Computes with
+    as many threads as torch is set to.
 
     Args:
         path: the file.
@@ -192,6 +193,7 @@ class Denoiser(nn.Module):
 
 def _load(path: str, providers: list[str] | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors: what it folds away on its way is nobody's concern
     try:
         return onnxruntime.InferenceSession(

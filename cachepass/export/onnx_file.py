@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from cachepass.errors import CachePassError
 from cachepass.export.files import all_or_nothing, target_of
@@ -59,7 +59,7 @@ def export_onnx(
     try:
         with _quiet(), equal_outputs():
             made = torch.onnx.export(
-                program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+                program.run_decompositions(_LOGIC), dynamo=True, input_names=inputs, output_names=outputs, verbose=False
             )
     except torch.onnx.OnnxExporterError as error:
         raise CachePassError(f"the export to ONNX failed: {_reason(error)}") from error
@@ -74,6 +74,23 @@ def export_onnx(
     )
     with all_or_nothing(target) as partial:
         made.save(partial)
+
+
+def _where(condition: Tensor, a: Any, b: Any) -> Any:
+    """A choice between booleans in words: onnxruntime has no kernel of `Where` for them."""
+    if not all(isinstance(value, bool) or value.dtype == torch.bool for value in (a, b)):
+        return NotImplemented
+    return (condition & a) | (~condition & b)
+
+
+def _masked_fill(value: Tensor, mask: Tensor, fill: Any) -> Any:
+    return _where(mask, bool(fill), value) if value.dtype == torch.bool else NotImplemented
+
+
+_LOGIC: Any = {
+    torch.ops.aten.where.self: _where,
+    torch.ops.aten.masked_fill.Scalar: _masked_fill,
+}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -99,8 +100,12 @@ class InsertSignals:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
+    return _value(node).dtype
+
+
+def _value(node: fx.Node) -> torch.Tensor:
     value: torch.Tensor = node.meta["example_value"]
-    return value.dtype
+    return value
 
 
 def _declare(
@@ -223,17 +228,25 @@ def _measure_sublayer(
     gm: fx.GraphModule, frame: fx.Node, layout: Layout, signal: SublayerChange
 ) -> None:
     index = signal.index(layout.blocks)
-    found = [s for s in layout.sublayers if s.block == index and s.kind is signal.kind]
+    graph, nodes = gm.graph, _block_nodes(gm.graph, layout, index)
+    entering, _ = _stream(nodes)
+    found = [
+        s for s in layout.sublayers
+        if s.block == index and s.kind is signal.kind
+        and same_shape(_value(s.cut or s.residual), _value(entering))
+    ]  # fmt: skip
     if not found:
         kinds = sorted({s.kind.value for s in layout.sublayers}) or ["none"]
         raise PolicyError(
             f"the policy measures the {signal.kind.value} of block {index}, which was not found; "
             f"kinds of sublayers found in this model: {', '.join(kinds)}"
         )
-    graph, residual = gm.graph, found[0].residual
-    nodes = _block_nodes(graph, layout, index)
-    entering, _ = _stream(nodes)
+    residual, cut = found[0].residual, found[0].cut
     place = place_of(residual)
+    if cut is not None:  # of the stream alone
+        with graph.inserting_after(residual):
+            residual = graph.call_function(operator.getitem, (residual, cut.args[1]))
+        residual.meta.update(place=place, example_value=cut.meta["example_value"])
     slot = _declare(layout, signal, residual)
     frames: fx.Node | int | None = None
     if signal.motion and layout.patches is not None:

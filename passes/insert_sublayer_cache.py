@@ -29,8 +29,9 @@ class InsertSublayerCache:
         for site in self.sites:
             if not isinstance(site, Sublayers) or site.name in layout.coverage:
                 continue
-            found = [s for s in layout.sublayers if s.kind in site.kinds]
-            kinds = ", ".join(sorted({s.kind.value for s in layout.sublayers})) or "none"
+            skippable = [s for s in layout.sublayers if s.nodes]
+            found = [s for s in skippable if s.kind in site.kinds]
+            kinds = ", ".join(sorted({s.kind.value for s in skippable})) or "none"
             wanted = ", ".join(k.value for k in site.kinds)
             if not found and site.optional:
                 layout.missing[f"site {site.name!r}"] = f"no {wanted} here; found: {kinds}"

@@ -36,14 +36,16 @@ class MarkBoundaries:
        gives the residual branches; a branch with attention is self- or cross-attention
        by where its keys come from, any other is an MLP. Self-attention is spatial or temporal where
        frames or places are folded into the batch.
-    4. The graph is left alone if it is marked already.
+    4. An attention that several streams share, or that runs on several as one, is found for each of
+       them, to be measured; none can be skipped alone.
+    5. The graph is left alone if it is marked already.
     """
 
     name: str = "mark-boundaries"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         if isinstance(gm.meta.get("layout"), Layout):
-            return PassResult(gm, modified=False)  # case 4
+            return PassResult(gm, modified=False)  # case 5
         layout = Layout()
         _find_inputs(gm.graph, layout)
         roots = _roots(gm.graph, layout)
@@ -186,20 +188,53 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
 def _find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
     inside = set(nodes)
     outputs = [n for n in nodes if _ndim(n) == 3 and any(u not in inside for u in n.users)]
+    walks = [(_cut_from(output, inside), output) for output in outputs]
+    spines = [(_spine(total, inside), output if cut else None) for (total, cut), output in walks]
+    sums = {node for spine, _ in spines for node in spine.sums}
     found: list[Sublayer] = []
     claimed: set[fx.Node] = set()
-    for output in outputs:
-        residuals, stream = _spine(output, inside)
-        for residual in reversed(residuals):
-            cone = _cone(residual, nodes)
-            if stream is None or not cone or claimed & set(cone):
+    for spine, cut in spines:
+        for residual in reversed(spine.residuals):
+            if spine.stream is None:
+                continue
+            nodes_of = cone = _cone(residual, nodes)
+            behind = _behind(residual, nodes, sums)
+            if cut is not None or (_attention_in(behind) and not _attention_in(cone)):
+                cone, nodes_of = (), behind  # case 4
+            elif not cone or claimed & set(cone):
                 continue
             claimed |= set(cone)
             place = place_of(residual)
             assert place is not None
-            kind = _kind(cone, stream, inside, latent)
-            found.append(Sublayer(_sublayer_name(cone), kind, place.block, residual, cone))
+            kind = _kind(nodes_of, spine.stream, inside, latent)
+            name = _sublayer_name(nodes_of)
+            found.append(Sublayer(name, kind, place.block, residual, cone, cut))
     return found
+
+
+def _cut_from(output: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, bool]:
+    """What a stream is a slice of, if it is one: text and image may run as one."""
+    source = output.args[0] if output.args else None
+    if (
+        output.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and source in inside
+        and _ndim(source) == 3
+    ):
+        return source, True
+    return output, False
+
+
+def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """Nodes of the block that the residual is made by, from the streams on."""
+    seen, pending = {residual}, [residual]
+    inside = set(nodes)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node in inside and node not in sums and node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return tuple(n for n in nodes if n in seen)
 
 
 def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
@@ -208,8 +243,23 @@ def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
     return node
 
 
-def _spine(output: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None]:
-    """Residual branches from the last to the first, and the stream where it enters."""
+def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether several streams enter the block here, as one."""
+    name = getattr(node.target, "__name__", node.target)
+    return name in ("cat", "concat") and not inside & set(node.all_input_nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spine:
+    residuals: Sequence[fx.Node]
+    """From the last to the first."""
+    stream: fx.Node | None
+    """Where it enters; None if it cannot be told."""
+    sums: Sequence[fx.Node]
+
+
+def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
+    """The way of a stream through a block, back from its output."""
     like = _value(output)
 
     def terms(node: fx.Node) -> list[fx.Node]:
@@ -220,25 +270,25 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> tuple[list[fx.Node], fx.Nod
 
     def reaches(node: fx.Node) -> bool:
         node = _strip(node, inside)
-        if node not in inside:
+        if node not in inside or _joins(node, inside):
             return not node.meta.get("weight")
         return any(reaches(t) for t in terms(node))
 
     residuals: list[fx.Node] = []
+    sums: list[fx.Node] = []
     node = _strip(output, inside)
-    while node in inside:
+    while node in inside and not _joins(node, inside):
         pair = terms(node)
-        if len(pair) != 2:
-            return residuals, None
         through = [t for t in pair if reaches(t)]
-        if len(through) != 1:
-            return residuals, None
+        if len(pair) != 2 or len(through) != 1:
+            return _Spine(residuals, None, sums)
         residual = pair[0] if through[0] is pair[1] else pair[1]
         if residual not in inside:
-            return residuals, None
+            return _Spine(residuals, None, sums)
         residuals.append(residual)
+        sums.append(node)
         node = _strip(through[0], inside)
-    return residuals, node
+    return _Spine(residuals, node, sums)
 
 
 def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
@@ -268,8 +318,12 @@ def _takes_item(node: fx.Node) -> bool:
     )
 
 
+def _attention_in(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [n for n in nodes if getattr(n.target, "__name__", "") in _ATTENTION]
+
+
 def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node], latent: fx.Node) -> Kind:
-    attention = [n for n in cone if getattr(n.target, "__name__", "") in _ATTENTION]
+    attention = _attention_in(cone)
     if not attention:
         return Kind.MLP
     call = attention[-1]

@@ -59,7 +59,11 @@ def export_onnx(
     try:
         with _quiet(), equal_outputs():
             made = torch.onnx.export(
-                program.run_decompositions(_LOGIC), dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+                program.run_decompositions(_LOGIC),
+                dynamo=True,
+                input_names=inputs,
+                output_names=outputs,
+                verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise CachePassError(f"the export to ONNX failed: {_reason(error)}") from error

@@ -278,7 +278,10 @@ class Sublayer:
     block: int
     residual: fx.Node
     nodes: tuple[fx.Node, ...]
-    """The nodes that feed the residual and nothing else, in graph order."""
+    """The nodes that feed the residual and nothing else, in graph order; none where other streams
+    share it, so that it cannot be skipped."""
+    cut: fx.Node | None = None
+    """Where the stream is a slice of what the residual is added to: that slice."""
 
 
 @dataclasses.dataclass

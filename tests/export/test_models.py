@@ -39,13 +39,8 @@ def _shapes_inputs() -> Inputs:
 MODELS = {name: TINY[name] for name in ("wan", "cogvideox", "flux", "hunyuan", "ltx")}
 MODELS["shapes"] = Tiny(lambda: load("small"), _shapes_inputs, blocks=6)
 TWO_CALLS = ("wan", "ltx", "shapes")
-# AdaCache measures a self-attention, which is not found where two streams share it.
-JOINT = ("cogvideox", "flux", "hunyuan")
 CASES = [
-    pytest.param(model, policy, id=f"{model}-{policy}")
-    for model in MODELS
-    for policy in POLICIES
-    if not (model in JOINT and policy == "adacache")
+    pytest.param(model, policy, id=f"{model}-{policy}") for model in MODELS for policy in POLICIES
 ]
 
 

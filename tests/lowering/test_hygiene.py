@@ -140,7 +140,7 @@ JOINT = ("cogvideox", "flux", "hunyuan", "mochi")
 def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
     """Two calls, the second reused, on every model: Inductor against eager."""
     if policy == "schedule-attention" and name in JOINT:
-        pytest.skip("attention that two streams share is not found as a sublayer")
+        pytest.skip("attention that two streams share cannot be skipped alone")
     tiny = TINY[name]
     outputs = []
     for inner in ("eager", "inductor"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepass
+from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Kind, layout_of, place_of
 from cachepass.passes import MarkBoundaries
 from tests.graphs import capture
@@ -59,6 +60,21 @@ def test_sublayers_of_wan() -> None:
     ]
     assert layout.timestep_embedding is not None
     assert layout.patches is not None
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "flux", "hunyuan"])
+def test_attention_that_streams_share_is_found_and_not_skippable(name: str) -> None:
+    tiny = TINY[name]
+    layout = layout_of(capture(tiny).run(MarkBoundaries()))
+    shared = [s for s in layout.sublayers if s.kind is Kind.SELF_ATTENTION]
+    assert {s.block for s in shared} == set(range(tiny.blocks))
+    assert not any(s.nodes for s in shared)
+    # Where text and image run as one, each has its slice of the sum.
+    assert {s.block for s in shared if s.cut is not None} == (
+        set() if name == "cogvideox" else {2, 3}
+    )
+    with pytest.raises(PolicyError, match=r"kind self-attention, .*; this model offers mlp"):
+        capture(tiny).run(*capture(tiny).pipeline(cachepass.Schedule(reuse={1: "attention"})))
 
 
 def test_marked_graphs_are_left_alone() -> None:

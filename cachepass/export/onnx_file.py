@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from cachepass.errors import CachePassError
 from cachepass.export.files import all_or_nothing, target_of
@@ -58,8 +59,9 @@ def export_onnx(
     inputs, outputs = flat_names(program)
     try:
         with _quiet(), equal_outputs():
+            _choose_in_words(program)
             made = torch.onnx.export(
-                program.run_decompositions(_LOGIC),
+                program,
                 dynamo=True,
                 input_names=inputs,
                 output_names=outputs,
@@ -80,21 +82,35 @@ def export_onnx(
         made.save(partial)
 
 
-def _where(condition: Tensor, a: Any, b: Any) -> Any:
-    """A choice between booleans in words: onnxruntime has no kernel of `Where` for them."""
-    if not all(isinstance(value, bool) or value.dtype == torch.bool for value in (a, b)):
-        return NotImplemented
-    return (condition & a) | (~condition & b)
+def _choose_in_words(program: ExportedProgram) -> None:
+    """Rewrite choices between booleans: onnxruntime has no kernel of `Where` for them."""
+    aten = torch.ops.aten
+    for part in program.graph_module.modules():
+        for node in list(part.graph.nodes) if isinstance(part, fx.GraphModule) else ():
+            of_booleans = getattr(node.meta.get("val"), "dtype", None) == torch.bool
+            if not of_booleans or node.target not in (aten.where.self, aten.masked_fill.Scalar):
+                continue
 
+            def call(target: Any, *args: Any, like: fx.Node = node) -> fx.Node:
+                made = like.graph.call_function(target, args)
+                made.meta = dict(like.meta)
+                return made
 
-def _masked_fill(value: Tensor, mask: Tensor, fill: Any) -> Any:
-    return _where(mask, bool(fill), value) if value.dtype == torch.bool else NotImplemented
-
-
-_LOGIC: Any = {
-    torch.ops.aten.where.self: _where,
-    torch.ops.aten.masked_fill.Scalar: _masked_fill,
-}
+            with part.graph.inserting_before(node):
+                if node.target is aten.where.self:
+                    mask, a, b = node.args
+                    a = call(aten.logical_and.default, a, mask)
+                else:
+                    b, mask, fill = node.args
+                    a = mask if fill else None
+                b = call(
+                    aten.logical_and.default, b, call(aten.logical_not.default, mask, like=mask)
+                )
+                chosen = b if a is None else call(aten.logical_or.default, a, b)
+            node.replace_all_uses_with(chosen)
+            if part is program.graph_module:
+                program.graph_signature.replace_all_uses(node.name, chosen.name)
+            part.graph.erase_node(node)
 
 
 @contextlib.contextmanager

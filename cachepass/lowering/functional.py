@@ -244,6 +244,8 @@ class _Writer:
                 env[node] = self._call(scope, str(node.target), region, [env[n] for n in node.args])
             elif node.target is operator.getitem and isinstance(env[node.args[0]], list):
                 env[node] = env[node.args[0]][node.args[1]]
+            elif node.target is operator.setitem and not isinstance(node.args[2], fx.Node):
+                env[node] = scope.call(tensors.set_number, *fx.map_arg(node.args, env.__getitem__))
             elif node.target in self.do:
                 env[node] = self.do[node.target](scope, *_args(node, env))
             else:

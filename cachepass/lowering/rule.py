@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,15 @@ def own(value: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return value
     return value.clone(memory_format=torch.contiguous_format)
+
+
+def set_number(value: Tensor, index: Any, number: float) -> None:
+    """``value[index] = number``, which makes a constant of it: an arm has no room for any."""
+    places = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(place, Tensor) for place in places):
+        value[index] = number  # what that gives is no view
+    else:
+        value[index].fill_(number)
 
 
 def every(taken: Tensor, active: Tensor | None) -> Tensor:

@@ -81,4 +81,5 @@ def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> 
     program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
     loaded = torch._inductor.aoti_load_package(str(path))
     packaged = Exported(loaded, program.example_inputs[1]["state"])
-    agree(packaged, Compiled(tiny, policy), branches, 1e-5)
+    # Inductor's kernels round otherwise (1e-6 a call), and twenty steps carry it on.
+    agree(packaged, Compiled(tiny, policy), branches, 1e-4)

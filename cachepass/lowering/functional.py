@@ -186,17 +186,24 @@ class _Writer:
         }
 
     def share_regions(self, decompositions: Mapping[Any, Any]) -> None:
-        """Those that are called more than once."""
+        """Those that are called more than once, in one graph: arms do not share (torch 2.13).
+
+        And only those whose results are memory of their own: a subgraph of Inductor may return no
+        views, and does not say so.
+        """
         calls = [(p, n) for p in walk(self.gm) for n in p.graph.find_nodes(op="call_module")]
-        counts = collections.Counter(str(node.target) for _, node in calls)
+        places = collections.defaultdict(list)
         for part, node in calls:
-            name = str(node.target)
-            if counts[name] > 1:
+            places[str(node.target)].append(part)
+        for name, parts in places.items():
+            region = getattr(parts[0], name)
+            same = all(part is parts[0] for part in parts)
+            if len(parts) > 1 and same and _returns_its_own(region):
                 self.shared.add(name)
                 # Named, as the arms of a `torch.cond` are first traced without any, and a
                 # subgraph is traced once (torch 2.13).
                 options = NestedCompileRegionOptions(decompositions=dict(decompositions))
-                getattr(part, name).meta["nested_region_config"] = options
+                region.meta["nested_region_config"] = options
 
     def write(self) -> Functional:
         root, env = self.root, {}
@@ -404,6 +411,18 @@ class _Writer:
     def _close(self, arm: Scope, results: Sequence[Any]) -> None:
         """An arm's outputs have one layout, and may not be what went in."""
         arm.graph.output(tuple(arm.call(tensors.own, value) for value in results))
+
+
+def _returns_its_own(region: fx.GraphModule) -> bool:
+    """Whether no result of a region shares memory with another one, or with an input."""
+
+    def memory(nodes: Sequence[fx.Node]) -> list[int]:
+        values = [node.meta.get("example_value") for node in nodes]
+        return [v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)]
+
+    outputs = region.graph.output_node().all_input_nodes
+    made, given = memory(outputs), memory(region.graph.find_nodes(op="placeholder"))
+    return len(made) == len({*made} - {*given}) == len(outputs)
 
 
 def _args(node: fx.Node, env: Env) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 import cachepass
 from benchmarks.figures import Figure, Result
+from benchmarks.overhead import against_plain
 from benchmarks.sampling import interleave, median, ratio
 from benchmarks.testbed import CachedLoop, Call, Loop, Progress, plain, plain_call
 from cachepass.onnx import Denoiser
@@ -62,43 +63,36 @@ def video_of(denoiser: Denoiser, loop: Loop) -> Callable[[], Tensor]:
 
 def measure(pairs: int, videos: int, progress: Progress) -> Result:
     """Time the whole graph, calls that reuse, and videos."""
-    seconds: dict[str, list[float]] = {}
     model, short, long = load("large"), Loop.build(SHORT), Loop.build(LONG)
-    whole = CachedLoop(
+    graph = CachedLoop(
         model=cachepass.compile(model, policy="compute", lowering="graph"), loop=short
     )
-    subjects: dict[str, Callable[[], object]] = {
-        "plain": functools.partial(short.run, plain_call(plain(model))),
-        "plain again": functools.partial(short.run, plain_call(plain(model))),
-        "graph": whole,
-    }
-    progress("compiling the whole graph")
-    interleave(subjects, 2)
-    seconds |= interleave(subjects, ROUNDS_PER_PAIR * pairs, progress)
+    rounds = ROUNDS_PER_PAIR * pairs
+    figures, seconds = against_plain("graph, compute", graph, model, rounds, progress)
 
     with tempfile.TemporaryDirectory() as folder:
-        skips = []
         for site in SITES:
             progress(f"exporting: {site}")
-            policy = cachepass.Schedule(reuse={1: site})
-            skips.append(_skip(file_of(policy, short, Path(folder)), short, site, pairs, progress))
+            file = file_of(cachepass.Schedule(reuse={1: site}), short, Path(folder))
+            progress(f"calls that reuse: {site}")
+            figures.append(_skip(file, short, site, rounds))
         progress("exporting: a video")
         files = {
             name: video_of(file_of(policy, long, Path(folder)), long)
             for name, policy in (("onnx", cachepass.Compute()), ("onnx, cached", VIDEO))
         }
-    subjects = {
+    subjects: dict[str, Callable[[], object]] = {
         "compiled": functools.partial(long.run, plain_call(plain(model))),
         "compiled, cached": CachedLoop.build(VIDEO, long, model),
         **files,
     }
     progress("compiling for videos")
     interleave(subjects, 1)
-    seconds |= interleave(subjects, videos, lambda done: progress(f"videos: {done}"))
-    return Result(figures=_figures(seconds, skips), details={"seconds": seconds})
+    made = interleave(subjects, videos, lambda done: progress(f"videos: {done}"))
+    return Result(figures=[*figures, *_videos(made)], details={"seconds": seconds | made})
 
 
-def _skip(denoiser: Denoiser, loop: Loop, site: str, pairs: int, progress: Progress) -> Figure:
+def _skip(denoiser: Denoiser, loop: Loop, site: str, rounds: int) -> Figure:
     """A call that reuses a site over one that computes."""
     call = functools.partial(denoiser_call(denoiser), loop.noise, loop.times[0], loop.cond)
 
@@ -113,13 +107,10 @@ def _skip(denoiser: Denoiser, loop: Loop, site: str, pairs: int, progress: Progr
     reused()
     assert denoiser.reused[-1][2] == [site]
 
-    def both() -> dict[str, Callable[[], object]]:
-        return {"computed": computed, "reused": reused}
-
     # Always in this order: the one that computes starts a request.
-    made = [interleave(both(), 1) for _ in range(ROUNDS_PER_PAIR * pairs)]
-    progress(f"calls that reuse: {site}")
-    seconds = {name: [m[name][0] for m in made] for name in ("computed", "reused")}
+    subjects: dict[str, Callable[[], object]] = {"computed": computed, "reused": reused}
+    made = [interleave(subjects, 1) for _ in range(rounds)]
+    seconds = {name: [each[name][0] for each in made] for name in subjects}
     return Figure(
         name=f"onnxruntime: a call that reuses {site} / one that computes",
         estimate=ratio(seconds["reused"], seconds["computed"]),
@@ -129,22 +120,12 @@ def _skip(denoiser: Denoiser, loop: Loop, site: str, pairs: int, progress: Progr
     )
 
 
-def _figures(seconds: dict[str, list[float]], skips: Sequence[Figure]) -> list[Figure]:
+def _videos(seconds: dict[str, list[float]]) -> list[Figure]:
     factor = {
         name: [a / b for a, b in zip(seconds[name], seconds[f"{name}, cached"], strict=True)]
         for name in ("compiled", "onnx")
     }
     return [
-        Figure(
-            name="graph, compute / plain",
-            estimate=ratio(seconds["graph"], seconds["plain"]),
-            at_most=1.02,
-        ),
-        Figure(
-            name="plain again / plain (null)",
-            estimate=ratio(seconds["plain again"], seconds["plain"]),
-        ),
-        *skips,
         Figure(
             name="mixcache, a video: regions",
             estimate=median(factor["compiled"]),

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from cachepass.errors import CaptureError
-from cachepass.ir.graph import module_paths
 
 
 def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.GraphModule:
@@ -39,10 +38,6 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         node.meta["weight"] = static is not None or isinstance(value, torch.nn.Parameter)
         node.meta["argument"] = _argument(placeholder, parameters)
     graph.output(graph.graph_copy(captured.graph, copies))
-    for node in graph.nodes:
-        paths = module_paths(node)
-        if paths:  # for errors of what is made of the node later: torch hands `custom` on
-            node.meta["custom"] = {"module": paths[-1][0]}
     gm = fx.GraphModule(captured, graph)
     gm.meta = {}
     return gm

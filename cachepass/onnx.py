@@ -185,7 +185,7 @@ class Denoiser(nn.Module):
         key = self._key(name)
         if key not in self._kept:
             declared = self._inputs[name]
-            shape = [evaluate(n, sizes) if isinstance(n, str) else n for n in declared.shape]
+            shape = [_evaluate(n, sizes) if isinstance(n, str) else n for n in declared.shape]
             _, kind = _TYPES[declared.type]
             self._kept[key] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind))
         return self._kept[key]
@@ -212,7 +212,7 @@ _ARITHMETIC: dict[type, Any] = {
 }  # fmt: skip
 
 
-def evaluate(text: str, sizes: Mapping[str, int]) -> int:
+def _evaluate(text: str, sizes: Mapping[str, int]) -> int:
     """A size as ONNX spells it, such as ``2*((s20//2))``, for known ones."""
 
     def value(node: ast.expr) -> int:

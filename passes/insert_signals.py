@@ -27,7 +27,7 @@ from cachepass.ir.boundary import (
     layout_of,
     place_of,
 )
-from cachepass.ir.graph import add_guard, frame_of, same_shape
+from cachepass.ir.graph import add_guard, frame_of, same_shape, value_of
 from cachepass.ir.skippable import latent_of
 from cachepass.pass_manager import PassResult
 
@@ -99,22 +99,13 @@ class InsertSignals:
         return PassResult(gm, modified=True)
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    return _value(node).dtype
-
-
-def _value(node: fx.Node) -> torch.Tensor:
-    value: torch.Tensor = node.meta["example_value"]
-    return value
-
-
 def _declare(
     layout: Layout, signal: Signal, node: fx.Node, *, age: int = 0, across_branches: bool = False
 ) -> Slot:
     slot = Slot(
         name=signal.name + (f".{age}" if age else ""),
         site=None,
-        dtype=_dtype(node),
+        dtype=value_of(node).dtype,
         age=age,
         across_branches=across_branches,
     )
@@ -233,7 +224,7 @@ def _measure_sublayer(
     found = [
         s for s in layout.sublayers
         if s.block == index and s.kind is signal.kind
-        and same_shape(_value(s.cut or s.residual), _value(entering))
+        and same_shape(value_of(s.cut or s.residual), value_of(entering))
     ]  # fmt: skip
     if not found:
         kinds = sorted({s.kind.value for s in layout.sublayers}) or ["none"]

@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
-from cachepass.ir.graph import module_paths, mutated, same_shape
+from cachepass.ir.graph import module_paths, mutated, same_shape, value_of
 from cachepass.pass_manager import PassResult
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
@@ -62,16 +62,20 @@ class MarkBoundaries:
 
 def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
     for node in graph.find_nodes(op="placeholder"):
-        if node.meta.get("weight") or not isinstance(_value(node), torch.Tensor):
+        if node.meta.get("weight") or not isinstance(value_of(node), torch.Tensor):
             continue
         layout.inputs[str(node.meta.get("argument", node.name))] = node
     for name, node in layout.inputs.items():
-        if layout.latent is None and _value(node).ndim >= 3 and _value(node).is_floating_point():
+        if (
+            layout.latent is None
+            and value_of(node).ndim >= 3
+            and value_of(node).is_floating_point()
+        ):
             layout.latent = node
         if layout.timestep is None and name in _TIMESTEP_NAMES:
             layout.timestep = node
     if layout.timestep is None:
-        layout.timestep = next((n for n in layout.inputs.values() if _value(n).ndim <= 1), None)
+        layout.timestep = next((n for n in layout.inputs.values() if value_of(n).ndim <= 1), None)
     if layout.latent is None:
         raise CaptureError(
             "no latent among the model's arguments: looked for a floating tensor with at least "
@@ -158,20 +162,20 @@ def _find_streams(
     candidates = [
         n
         for n in entering
-        if isinstance(_value(n), torch.Tensor)
-        and _value(n).is_floating_point()
+        if isinstance(value_of(n), torch.Tensor)
+        and value_of(n).is_floating_point()
         and layout.timestep in roots[n]
         and layout.latent not in roots[n]
     ]
     layout.timestep_embedding = min(candidates, key=lambda n: len(roots[n]), default=None)
     streams = [n for n in entering if layout.latent in roots[n] and _ndim(n) == 3]
-    tokens = {str(_value(n).shape[1]) for n in streams}  # text: sizes may be symbols
+    tokens = {str(value_of(n).shape[1]) for n in streams}  # text: sizes may be symbols
     for node in graph.nodes:
         if node is placed[0]:
             break
         if node.op == "placeholder" or _ndim(node) != 5 or layout.latent not in roots[node]:
             continue
-        _, _, frames, height, width = _value(node).shape
+        _, _, frames, height, width = value_of(node).shape
         if str(frames * height * width) in tokens:
             layout.patches = node
 
@@ -188,53 +192,48 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
 def _find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
     inside = set(nodes)
     outputs = [n for n in nodes if _ndim(n) == 3 and any(u not in inside for u in n.users)]
-    walks = [(_cut_from(output, inside), output) for output in outputs]
-    spines = [(_spine(total, inside), output if cut else None) for (total, cut), output in walks]
-    sums = {node for spine, _ in spines for node in spine.sums}
+    spines = {output: _spine(_whole(output, inside), inside) for output in outputs}
+    sums = {node for spine in spines.values() for node in spine.sums}
     found: list[Sublayer] = []
     claimed: set[fx.Node] = set()
-    for spine, cut in spines:
+    for output, spine in spines.items():
+        if spine.stream is None:
+            continue
+        cut = output if _whole(output, inside) is not output else None
         for residual in reversed(spine.residuals):
-            if spine.stream is None:
+            cone, behind = _cone(residual, nodes), _behind(residual, nodes, sums)
+            joint = cut is not None or (_attention_in(behind) and not _attention_in(cone))
+            if not joint and (not cone or claimed & set(cone)):
                 continue
-            nodes_of = cone = _cone(residual, nodes)
-            behind = _behind(residual, nodes, sums)
-            if cut is not None or (_attention_in(behind) and not _attention_in(cone)):
-                cone, nodes_of = (), behind  # case 4
-            elif not cone or claimed & set(cone):
-                continue
-            claimed |= set(cone)
+            work = behind if joint else cone
+            own = () if joint else cone  # case 4
+            claimed |= set(own)
             place = place_of(residual)
             assert place is not None
-            kind = _kind(nodes_of, spine.stream, inside, latent)
-            name = _sublayer_name(nodes_of)
-            found.append(Sublayer(name, kind, place.block, residual, cone, cut))
+            kind = _kind(work, spine.stream, inside, latent)
+            found.append(Sublayer(_sublayer_name(work), kind, place.block, residual, own, cut))
     return found
 
 
-def _cut_from(output: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, bool]:
+def _whole(output: fx.Node, inside: set[fx.Node]) -> fx.Node:
     """What a stream is a slice of, if it is one: text and image may run as one."""
     source = output.args[0] if output.args else None
-    if (
+    is_slice = (
         output.target is operator.getitem
         and isinstance(source, fx.Node)
         and source in inside
         and _ndim(source) == 3
-    ):
-        return source, True
-    return output, False
+    )
+    return source if is_slice else output  # type: ignore[return-value]
 
 
 def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> tuple[fx.Node, ...]:
     """Nodes of the block that the residual is made by, from the streams on."""
-    seen, pending = {residual}, [residual]
-    inside = set(nodes)
-    while pending:
-        for node in pending.pop().all_input_nodes:
-            if node in inside and node not in sums and node not in seen:
-                seen.add(node)
-                pending.append(node)
-    return tuple(n for n in nodes if n in seen)
+    behind = {residual}
+    for node in reversed(nodes):
+        if node not in sums and any(user in behind for user in node.users):
+            behind.add(node)
+    return tuple(n for n in nodes if n in behind)
 
 
 def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
@@ -260,13 +259,13 @@ class _Spine:
 
 def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
     """The way of a stream through a block, back from its output."""
-    like = _value(output)
+    like = value_of(output)
 
     def terms(node: fx.Node) -> list[fx.Node]:
         name = getattr(node.target, "__name__", node.target)
         if name != "add" or len(node.all_input_nodes) != 2:
             return []
-        return [n for n in node.all_input_nodes if _ndim(n) == 3 and same_shape(_value(n), like)]
+        return [n for n in node.all_input_nodes if _ndim(n) == 3 and same_shape(value_of(n), like)]
 
     def reaches(node: fx.Node) -> bool:
         node = _strip(node, inside)
@@ -333,7 +332,7 @@ def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node], latent
     while pending:
         node = pending.pop()
         if node is stream:
-            return _self_kind(call, _value(latent))
+            return _self_kind(call, value_of(latent))
         if node in inside and node not in seen:
             seen.add(node)
             pending += node.all_input_nodes
@@ -347,11 +346,11 @@ def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
     or places are folded into the batch, it is larger than the latent's.
     """
     key = call.all_input_nodes[min(1, len(call.all_input_nodes) - 1)]
-    if _ndim(key) < 3 or latent.ndim != 5 or str(_value(key).shape[0]) == str(latent.shape[0]):
+    if _ndim(key) < 3 or latent.ndim != 5 or str(value_of(key).shape[0]) == str(latent.shape[0]):
         return Kind.SELF_ATTENTION
     frames = {str(latent.shape[1]), str(latent.shape[2])}  # channels first or frames first
     channels = str(latent.shape[1])
-    tokens = str(_value(key).shape[-2])
+    tokens = str(value_of(key).shape[-2])
     if tokens in frames and (tokens != channels or str(latent.shape[2]) == channels):
         return Kind.TEMPORAL_ATTENTION
     return Kind.SPATIAL_ATTENTION
@@ -370,11 +369,6 @@ def _sublayer_name(cone: Sequence[fx.Node]) -> str:
     return children.most_common(1)[0][0] if children else "branch"
 
 
-def _value(node: fx.Node) -> torch.Tensor:
-    value: torch.Tensor = node.meta.get("example_value")  # type: ignore[assignment]
-    return value
-
-
 def _ndim(node: fx.Node) -> int:
-    value = node.meta.get("example_value")
+    value = value_of(node)
     return value.ndim if isinstance(value, torch.Tensor) else -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,36 @@ import cachepass
 from tests.models import as_tensor, distance
 from tests.reference import Reference
 
+Inputs = dict[str, Any]
 Call = Callable[[int, str, Tensor, Tensor, Tensor], Tensor]
 BOTH = ("cond", "uncond")
+
+
+def euler(
+    call: Callable[[int, str, Inputs], Tensor],
+    branches: Mapping[str, Inputs],
+    *,
+    steps: int,
+    pace: float = 1.0,
+) -> list[Tensor]:
+    """Euler steps from the first branch's latent; returns the output of each call.
+
+    Each branch is called with its inputs, its timestep falling from what is given there.
+    """
+    first = next(iter(branches.values()))
+    latent, start = first["hidden_states"], first["timestep"]
+    outputs: list[Tensor] = []
+    for step in range(steps):
+        time = (start.double() * (1 - step / steps)).to(start.dtype)
+        now = {"hidden_states": latent, "timestep": time}
+        found = [call(step, branch, inputs | now) for branch, inputs in branches.items()]
+        outputs += found
+        velocity = found[0]
+        if len(found) == 2:
+            cond, uncond = found
+            velocity = uncond + 3.0 * (cond - uncond)
+        latent = latent - pace * velocity / steps
+    return outputs
 
 
 def denoise(
@@ -27,21 +55,19 @@ def denoise(
     pace: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Euler steps from noise; returns the output of each call."""
+    """`euler` of a tiny Wan, from noise; a call takes latent, timestep and text."""
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(rows, 4, 2, size, size, generator=generator).to(dtype)
-    text = {b: torch.randn(rows, 5, 16, generator=generator).to(dtype) for b in branches}
-    outputs: list[Tensor] = []
-    for step in range(steps):
-        time = torch.full((rows,), 1000.0 * (1 - step / steps))
-        found = {b: call(step, b, latent, time, text[b]) for b in branches}
-        outputs += found.values()
-        velocity = found[branches[0]]
-        if len(found) == 2:
-            cond, uncond = found.values()
-            velocity = uncond + 3.0 * (cond - uncond)
-        latent = latent - pace * velocity / steps
-    return outputs
+    time = torch.full((rows,), 1000.0)
+    texts = {b: torch.randn(rows, 5, 16, generator=generator).to(dtype) for b in branches}
+    inputs = {
+        branch: {"hidden_states": latent, "timestep": time, "encoder_hidden_states": text}
+        for branch, text in texts.items()
+    }
+    return euler(
+        lambda step, branch, given: call(step, branch, *given.values()),
+        inputs, steps=steps, pace=pace,
+    )  # fmt: skip
 
 
 def caller(model: Any, session: cachepass.Session) -> Call:

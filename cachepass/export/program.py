@@ -31,6 +31,7 @@ from cachepass.errors import CachePassError, CaptureError
 from cachepass.export.names import BRANCH, REQUEST
 from cachepass.export.open_sizes import check_open, hold_to, open_sizes_of
 from cachepass.ir.boundary import call_inputs, layout_of
+from cachepass.ir.graph import module_paths
 from cachepass.lowering.conditional import equal_outputs
 from cachepass.lowering.functional import Entry, Functional, functionalize, identifier
 from cachepass.lowering.rule import BRANCHES, where_it_stands
@@ -126,6 +127,9 @@ def _capture(
 
     def backend(captured: fx.GraphModule, _: Sequence[Any]) -> Any:
         gm = capture.own_graph(captured)
+        for node in gm.graph.nodes:
+            for path, _ in module_paths(node)[-1:]:  # for errors: torch hands `custom` on
+                node.meta["custom"] = {"module": path}
 
         def call(*args: Any) -> Any:
             found.append((gm, args))

@@ -6,6 +6,7 @@ those attributes where the nodes that name them are, so that passes need not car
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -261,14 +262,25 @@ def walk(gm: fx.GraphModule) -> Iterable[fx.GraphModule]:
         yield from walk(arm)
 
 
+def value_of(node: fx.Node) -> Tensor:
+    """The fake of what a node returns; None where capture left none."""
+    value: Tensor = node.meta.get("example_value")  # type: ignore[assignment]
+    return value
+
+
 def module_paths(node: fx.Node) -> list[tuple[str, str]]:
     """(path, class name) of the modules around a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    found = []
-    for path, kind in stack.values():
-        path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", path)
-        path = re.sub(r"\['([^']+)'\]", r".\1", path)
-        path = re.sub(r"^L\.?(self|fn|mod)?\.?(self\.?)?", "", path).lstrip(".")
-        path = path.removeprefix("_orig_mod.")
-        found.append((path, kind if isinstance(kind, str) else kind.__qualname__))
-    return found
+    return [
+        (_module_path(path), kind if isinstance(kind, str) else kind.__qualname__)
+        for path, kind in stack.values()
+    ]
+
+
+@functools.cache
+def _module_path(source: str) -> str:
+    """How dynamo spells a module, as users do: the same few for all nodes of a graph."""
+    path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", source)
+    path = re.sub(r"\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"^L\.?(self|fn|mod)?\.?(self\.?)?", "", path).lstrip(".")
+    return path.removeprefix("_orig_mod.")

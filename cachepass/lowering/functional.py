@@ -13,18 +13,14 @@ a call ahead of its turn, and so a host.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.invoke_subgraph import (
-    NestedCompileRegionOptions,
-    invoke_subgraph,
-)
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
@@ -129,7 +125,7 @@ def functionalize(
     slots: Mapping[str, Tensor],
     latent: Tensor,
     *,
-    share: Mapping[Any, Any] | None = None,
+    shared: Collection[str] = (),
 ) -> Functional:
     """Write a graph anew, without its frame.
 
@@ -138,24 +134,22 @@ def functionalize(
         policy: what it was rewritten for; each of its rules has to have a form in tensor code.
         slots: slot -> a fake of what it holds (`lowering.shapes`).
         latent: a fake of it.
-        share: if given, equal regions are one subgraph each (`invoke_subgraph`), which Inductor
-            compiles once and which is traced with these decompositions. Else a region is written
-            out wherever it is called.
+        shared: names of regions that are one subgraph for all their calls (`lowering.share`); any
+            other is written out wherever it is called.
 
     Raises:
         PolicyError: the policy needs the host.
     """
-    writer = _Writer(gm, policy, slots, latent)
-    if share is not None:
-        writer.share_regions(share)
-    return writer.write()
+    return _Writer(gm, policy, slots, latent, shared).write()
 
 
 class _Writer:
     def __init__(
-        self, gm: fx.GraphModule, policy: Policy, slots: Mapping[str, Tensor], latent: Tensor
-    ) -> None:
+        self, gm: fx.GraphModule, policy: Policy, slots: Mapping[str, Tensor], latent: Tensor,
+        shared: Collection[str],
+    ) -> None:  # fmt: skip
         self.gm, self.policy, self.slots, self.latent = gm, policy, slots, latent
+        self.shared = shared
         self.layout: Layout = layout_of(gm)
         self.rows = latent.shape[0]
         self.entries: dict[str, Entry] = {}
@@ -171,9 +165,6 @@ class _Writer:
         self.root = Scope()
         self.taken: dict[str, fx.Node] = {}
         self.full: fx.Node | None = None
-        self.shared: set[str] = set()
-        """Names of regions that are one subgraph for all their calls."""
-
         self.do: dict[Any, Callable[..., Any]] = {
             ops.cache_read: self._read,
             ops.cache_write: self._write,
@@ -184,26 +175,6 @@ class _Writer:
             ops.conditional: self._select,
             ops.guard: self._guard,
         }
-
-    def share_regions(self, decompositions: Mapping[Any, Any]) -> None:
-        """Those that are called more than once, in one graph: arms do not share (torch 2.13).
-
-        And only those whose results are memory of their own: a subgraph of Inductor may return no
-        views, and does not say so.
-        """
-        calls = [(p, n) for p in walk(self.gm) for n in p.graph.find_nodes(op="call_module")]
-        places = collections.defaultdict(list)
-        for part, node in calls:
-            places[str(node.target)].append(part)
-        for name, parts in places.items():
-            region = getattr(parts[0], name)
-            same = all(part is parts[0] for part in parts)
-            if len(parts) > 1 and same and _returns_its_own(region):
-                self.shared.add(name)
-                # Named, as the arms of a `torch.cond` are first traced without any, and a
-                # subgraph is traced once (torch 2.13).
-                options = NestedCompileRegionOptions(decompositions=dict(decompositions))
-                region.meta["nested_region_config"] = options
 
     def write(self) -> Functional:
         root, env = self.root, {}
@@ -411,18 +382,6 @@ class _Writer:
     def _close(self, arm: Scope, results: Sequence[Any]) -> None:
         """An arm's outputs have one layout, and may not be what went in."""
         arm.graph.output(tuple(arm.call(tensors.own, value) for value in results))
-
-
-def _returns_its_own(region: fx.GraphModule) -> bool:
-    """Whether no result of a region shares memory with another one, or with an input."""
-
-    def memory(nodes: Sequence[fx.Node]) -> list[int]:
-        values = [node.meta.get("example_value") for node in nodes]
-        return [v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)]
-
-    outputs = region.graph.output_node().all_input_nodes
-    made, given = memory(outputs), memory(region.graph.find_nodes(op="placeholder"))
-    return len(made) == len({*made} - {*given}) == len(outputs)
 
 
 def _args(node: fx.Node, env: Env) -> Any:

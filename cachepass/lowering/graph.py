@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 
 from cachepass.lowering.conditional import exact_operands
@@ -21,6 +20,7 @@ from cachepass.lowering.functional import Functional, functionalize
 from cachepass.lowering.regions import patches_of
 from cachepass.lowering.rule import where_it_stands
 from cachepass.lowering.shapes import fake_inputs, latent_in, slot_shapes
+from cachepass.lowering.share import share_regions
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
 
@@ -43,8 +43,8 @@ class GraphCompiler:
         latent = latent_in(gm, fakes)
         slots = slot_shapes(gm, fakes, mode)
         with mode:
-            share = None if self._eager else select_decomp_table()
-            whole = functionalize(gm, policy, slots, latent, share=share)
+            shared = () if self._eager else share_regions(gm)
+            whole = functionalize(gm, policy, slots, latent, shared=shared)
             # One each: equal objects would be taken for one input.
             numbers = [latent.new_zeros((), dtype=torch.int64) for _ in range(3)]
         call: Compiled = whole.gm

@@ -238,8 +238,7 @@ class Rule:
         choice = {site: choice.get(site, nothing) for site in self.sites}
         if shared:
             again = state["chosen"] == step + 1
-            # In words, as onnxruntime has no `Where` of booleans.
-            choice = {s: (again & state[f"chosen.{s}"]) | (~again & c) for s, c in choice.items()}
+            choice = {s: torch.where(again, state[f"chosen.{s}"], c) for s, c in choice.items()}
             changed = {n: torch.where(again, state[n], value) for n, value in changed.items()}
             new |= {f"chosen.{site}": c for site, c in choice.items()}
             new["chosen"] = tag_of(step, latent)

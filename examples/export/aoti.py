@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import cachepass
-from examples.export.request import GUIDANCE_SCALE, Request, generate, listen, relative
-from examples.shapes.pipeline import build_pipeline
+from examples.export.request import Request, generate, listen, relative
+from examples.shapes.pipeline import GUIDANCE_SCALE, build_pipeline
 
 SOURCE = Path(__file__).with_name("cpp")
 PROMPT = "red disc bounce plain"

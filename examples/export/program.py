@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import cachepass
-from examples.export.request import GUIDANCE_SCALE, Request, generate, listen, relative
-from examples.shapes.pipeline import build_pipeline
+from examples.export.request import Request, generate, listen, relative
+from examples.shapes.pipeline import GUIDANCE_SCALE, build_pipeline
 
 PROMPT = "red disc bounce plain"
 POLICY = "mixcache"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.shapes.pipeline import GUIDANCE_SCALE
+
 STEPS = 50
-GUIDANCE_SCALE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Request:
         }
 
 
-def generate(pipe: Any, prompt: str, steps: int = STEPS) -> Tensor:
+def generate(pipe: Any, prompt: str, steps: int = STEPS, **options: Any) -> Tensor:
     """The latent of a video, from noise that depends on nothing else."""
     pipe.set_progress_bar_config(disable=True)
     frames: Tensor = pipe(
@@ -42,11 +43,12 @@ def generate(pipe: Any, prompt: str, steps: int = STEPS) -> Tensor:
         guidance_scale=GUIDANCE_SCALE,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
+        **options,
     ).frames
     return frames
 
 
-def listen(pipe: Any, prompt: str, steps: int = STEPS) -> Request:
+def listen(pipe: Any, prompt: str, steps: int = STEPS, **options: Any) -> Request:
     """What the pipeline would ask for: the calls of one step are heard, the rest is left."""
     heard: list[dict[str, Any]] = []
 
@@ -59,15 +61,7 @@ def listen(pipe: Any, prompt: str, steps: int = STEPS) -> Request:
 
     hook = pipe.transformer.register_forward_pre_hook(hear, with_kwargs=True)
     try:
-        pipe.set_progress_bar_config(disable=True)
-        pipe(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            callback_on_step_end=stop,
-        )
+        generate(pipe, prompt, steps, callback_on_step_end=stop, **options)
     finally:
         hook.remove()
     cond, uncond = heard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 import cachepass
 from tests.models import WAN, Tiny, as_tensor, distance
+from tests.requests import Inputs, euler
 
-Inputs = dict[str, Any]
-Call = Callable[[int, str, Inputs], Tensor]
 Decisions = list[tuple[int, str, list[str]]]
 """(step, branch, sites that all rows reused) of each call."""
 
@@ -29,21 +28,6 @@ def branches_of(tiny: Tiny, *names: str) -> dict[str, Inputs]:
     for example in examples.values():
         example["hidden_states"] = first["hidden_states"]
     return examples
-
-
-def denoise(call: Call, branches: Mapping[str, Inputs], steps: int = STEPS) -> list[Tensor]:
-    """Euler steps; returns the output of each call."""
-    first = next(iter(branches.values()))
-    latent, start = first["hidden_states"], first["timestep"]
-    outputs: list[Tensor] = []
-    for step in range(steps):
-        time = (start.double() * (1 - step / steps)).to(start.dtype)
-        given = {"hidden_states": latent, "timestep": time}
-        found = [call(step, branch, inputs | given) for branch, inputs in branches.items()]
-        outputs += found
-        velocity = found[0] if len(found) == 1 else found[1] + 3.0 * (found[0] - found[1])
-        latent = latent - velocity / steps
-    return outputs
 
 
 def wan_of(rows: int = 1, frames: int = 2, height: int = 8, width: int = 8, words: int = 5) -> Tiny:
@@ -66,7 +50,13 @@ class Compiled:
     def __init__(self, tiny: Tiny, policy: Any, steps: int = STEPS, **options: Any) -> None:
         self.model = cachepass.compile(tiny.model(), policy=policy, inner="eager", **options)
         self.steps = steps
+        self.outputs: list[Tensor] = []
         self.session = cachepass.session(self.model, num_inference_steps=steps)
+
+    def run(self, branches: Mapping[str, Inputs]) -> list[Tensor]:
+        """The outputs of its one request, made once."""
+        self.outputs = self.outputs or euler(self, branches, steps=self.steps)
+        return self.outputs
 
     def __call__(self, step: int, branch: str, inputs: Inputs) -> Tensor:
         with self.session.at(step=step, branch=branch):
@@ -130,8 +120,7 @@ class Runtime:
 
 def agree(call: Any, reference: Compiled, branches: Mapping[str, Inputs], limit: float) -> None:
     """The same decisions, some to reuse and some to compute, and the same outputs."""
-    steps = reference.steps
-    wanted, found = denoise(reference, branches, steps), denoise(call, branches, steps)
+    wanted, found = reference.run(branches), euler(call, branches, steps=reference.steps)
     for got, want in zip(found, wanted, strict=True):
         assert distance(got, want) < limit
     assert call.reused == reference.reused

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ import cachepass
 from examples.shapes.codec import CHANNELS
 from examples.shapes.model import load
 from examples.shapes.world import TEXT_DIM
-from tests.export.runners import Compiled, Exported, Inputs, Runtime, agree, branches_of
+from tests.export.runners import Compiled, Exported, Runtime, agree, branches_of
 from tests.models import TINY, Tiny
+from tests.requests import Inputs
 
 POLICIES: dict[str, cachepass.NamedPolicy] = {
     policy.name: policy
@@ -23,6 +23,7 @@ POLICIES: dict[str, cachepass.NamedPolicy] = {
         cachepass.AdaCache(codebook=((0.13, 3), (9.0, 2)), motion=False),
         cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0)),
         cachepass.EasyCache(threshold=0.5, warmup_steps=1),
+        cachepass.PAB(),
     )
 }
 
@@ -40,7 +41,10 @@ MODELS = {name: TINY[name] for name in ("wan", "cogvideox", "flux", "hunyuan", "
 MODELS["shapes"] = Tiny(lambda: load("small"), _shapes_inputs, blocks=6)
 TWO_CALLS = ("wan", "ltx", "shapes")
 CASES = [
-    pytest.param(model, policy, id=f"{model}-{policy}") for model in MODELS for policy in POLICIES
+    pytest.param(model, policy, id=f"{model}-{policy}")
+    for model in MODELS
+    for policy in POLICIES
+    if policy != "pab" or model == "wan"  # which skips sublayers: on one model
 ]
 
 
@@ -55,14 +59,14 @@ def test_all_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
     reference = Compiled(tiny, policy)
     agree(Compiled(tiny, policy, lowering="graph"), reference, branches, 1e-5)
 
-    given: dict[str, Any] = {"policy": policy}
-    program = cachepass.export(tiny.model(), tiny.example(), **given)
+    program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
     exported = Exported(program.module(), program.example_inputs[1]["state"])
-    agree(exported, Compiled(tiny, policy), branches, 1e-5)
+    agree(exported, reference, branches, 1e-5)
 
-    cachepass.export_onnx(tiny.model(), tiny.example(), tmp_path / "model.onnx", **given)
-    denoiser = Denoiser(tmp_path / "model.onnx")
-    agree(Runtime(denoiser), Compiled(tiny, policy), branches, 1e-4)
+    path = tmp_path / "model.onnx"
+    cachepass.export_onnx(tiny.model(), tiny.example(), path, policy=policy)
+    denoiser = Denoiser(path)
+    agree(Runtime(denoiser), reference, branches, 1e-4)
 
 
 @pytest.mark.full
@@ -70,7 +74,7 @@ def test_all_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
     ("name", "policy_name"),
     [
         *((name, "firstblock") for name in MODELS),
-        *(("wan", policy) for policy in POLICIES if policy != "firstblock"),
+        *(("wan", policy) for policy in POLICIES if policy not in ("firstblock", "pab")),
     ],
 )
 def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
@@ -81,5 +85,6 @@ def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> 
     program = cachepass.export(tiny.model(), tiny.example(), policy=policy)
     loaded = torch._inductor.aoti_load_package(str(path))
     packaged = Exported(loaded, program.example_inputs[1]["state"])
-    # Inductor's kernels round otherwise (1e-6 a call), and twenty steps carry it on.
-    agree(packaged, Compiled(tiny, policy), branches, 1e-4)
+    # Inductor's kernels round otherwise (1e-6 a call), and twenty steps carry it on: to 1.04e-5 at
+    # most, on the trained model; the others stay below 1e-5.
+    agree(packaged, Compiled(tiny, policy), branches, 1.5e-5 if name == "shapes" else 1e-5)

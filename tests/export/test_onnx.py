@@ -11,9 +11,12 @@ from torch import Tensor
 
 import cachepass
 from cachepass.errors import CachePassError, SessionError
-from tests.export.runners import Compiled, Runtime, agree, branches_of, denoise, wan_of
+from examples.export.request import generate, listen
+from examples.shapes.pipeline import build_pipeline
+from tests.export.runners import Compiled, Runtime, agree, branches_of, wan_of
 from tests.export.test_program import FIRST_BLOCK, OPEN
 from tests.models import TOY, WAN, ToyBlock, distance
+from tests.requests import euler
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +38,8 @@ def test_an_onnx_file(onnx_file: pathlib.Path) -> None:
     branches = branches_of(WAN, "cond", "uncond")
     denoiser = runner_of(onnx_file)
     agree(Runtime(denoiser), Compiled(WAN, FIRST_BLOCK), branches, 1e-4)
-    first = denoise(Runtime(denoiser, 3), branches, 3)
-    again = denoise(Runtime(denoiser, 3), branches, 3)
+    first = euler(Runtime(denoiser, 3), branches, steps=3)
+    again = euler(Runtime(denoiser, 3), branches, steps=3)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -143,32 +146,19 @@ def test_errors_of_the_runner(onnx_file: pathlib.Path, tmp_path: pathlib.Path) -
 def test_a_pipeline_around_an_onnx_file(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("onnxruntime")
     from cachepass.onnx import Denoiser
-    from examples.shapes.pipeline import build_pipeline
 
     policy = cachepass.Schedule(reuse={2: "step", 3: "step"})
-    size: dict[str, Any] = {"num_inference_steps": 5, "height": 32, "width": 32}
-
-    def generate(pipe: Any) -> Tensor:
-        pipe.set_progress_bar_config(disable=True)
-        frames: Tensor = pipe(
-            "red disc bounce plain", output_type="latent",
-            generator=torch.Generator().manual_seed(0), **size,
-        ).frames  # fmt: skip
-        return frames
-
+    asked: dict[str, Any] = {
+        "prompt": "red disc bounce plain", "steps": 5, "height": 32, "width": 32,
+    }  # fmt: skip
     pipe: Any = build_pipeline("small")
-    seen: list[dict[str, Any]] = []
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True
-    )
-    generate(pipe)
-    hook.remove()
-    cachepass.export_onnx(pipe.transformer, seen[0], tmp_path / "model.onnx", policy=policy)
-    wanted = generate(cachepass.compile(pipe, policy=policy, inner="eager"))
+    example = listen(pipe, **asked).call()
+    cachepass.export_onnx(pipe.transformer, example, tmp_path / "model.onnx", policy=policy)
+    wanted = generate(cachepass.compile(pipe, policy=policy, inner="eager"), **asked)
     cachepass.restore(pipe)
 
     pipe.transformer = Denoiser(tmp_path / "model.onnx", scheduler=pipe.scheduler)
     for _ in range(2):  # a second request starts cold
-        assert distance(generate(pipe), wanted) < 1e-4
+        assert distance(generate(pipe, **asked), wanted) < 1e-4
         reused = [bool(sites) for _, _, sites in pipe.transformer.reused]
         assert reused == [False] * 4 + [True] * 4 + [False] * 2

@@ -25,6 +25,9 @@ from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 METADATA = "cachepass"
 """Key of the metadata: JSON, with the output that each input of the state becomes."""
 
+_LARGEST_FILE = 1536 * 2**20
+"""Bytes of weights inside of a file; a message of protobuf holds 2 GB."""
+
 
 def export_onnx(
     model: nn.Module,
@@ -78,8 +81,11 @@ def export_onnx(
             "config": _plain(getattr(model, "config", {})),
         }
     )
+    _sink_weights(made.model.graph)
+    weights = [v.const_value for g in made.model.graphs() for v in g.initializers.values()]
+    size = sum(weight.nbytes for weight in weights if weight is not None)
     with all_or_nothing(target) as partial:
-        made.save(partial)
+        made.save(partial, external_data=size > _LARGEST_FILE)
 
 
 def _choose_in_words(program: ExportedProgram) -> None:
@@ -111,6 +117,28 @@ def _choose_in_words(program: ExportedProgram) -> None:
             if part is program.graph_module:
                 program.graph_signature.replace_all_uses(node.name, chosen.name)
             part.graph.erase_node(node)
+
+
+def _sink_weights(graph: Any) -> None:
+    """Move a weight into the branch that alone uses it.
+
+    onnxruntime packs weights for its matrix products at load, but none that a branch inside of a
+    branch takes from outside (1.31: a call that computes is 3 % slower).
+    """
+    arms = {inner: arm for arm in _arms(graph) for inner in (arm, *arm.subgraphs())}
+    for name, weight in list(graph.initializers.items()):
+        users = {arms.get(use.node.graph) for use in weight.uses()}
+        if len(users) == 1 and not weight.is_graph_output() and (arm := users.pop()) is not None:
+            del graph.initializers[name]
+            arm.register_initializer(weight)
+    for arm in _arms(graph):
+        _sink_weights(arm)
+
+
+def _arms(graph: Any) -> list[Any]:
+    """The branches of the conditionals that stand in a graph itself."""
+    conditionals = [node for node in graph if node.op_type == "If"]
+    return [attribute.as_graph() for node in conditionals for attribute in node.attributes.values()]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ import torch
 
 import cachepass
 from examples.export.request import Request
+from tests.export.runners import Compiled, Exported, agree, branches_of, wan_of
+from tests.export.test_program import FIRST_BLOCK, OPEN
 from tests.models import TOY, WAN, Tiny, distance
 
 
@@ -31,6 +33,18 @@ def test_a_package_of_aotinductor(tiny: Tiny, tmp_path: pathlib.Path) -> None:
         assert bool(got["reused"]["stack"].all()) == (step == 1)
         # In the order that they were given: a package goes by place.
         given["state"] = {kind: kept | want["state"][kind] for kind, kept in given["state"].items()}
+
+
+@pytest.mark.full
+def test_a_package_with_open_sizes(tmp_path: pathlib.Path) -> None:
+    path, two = tmp_path / "model.pt2", wan_of(rows=2)
+    cachepass.export_aoti(WAN.model(), two.example(), path, policy=FIRST_BLOCK, dynamic_shapes=OPEN)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for tiny in (two, wan_of(rows=3, frames=5, height=12, width=10, words=9)):
+        cold = cachepass.export(WAN.model(), tiny.example(), policy=FIRST_BLOCK).example_inputs[1]
+        packaged = Exported(loaded, cold["state"], steps=6)
+        branches = branches_of(tiny, "cond", "uncond")
+        agree(packaged, Compiled(tiny, FIRST_BLOCK, 6), branches, 1e-5)
 
 
 @pytest.mark.full

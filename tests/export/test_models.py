@@ -70,13 +70,7 @@ def test_all_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("name", "policy_name"),
-    [
-        *((name, "firstblock") for name in MODELS),
-        *(("wan", policy) for policy in POLICIES if policy not in ("firstblock", "pab")),
-    ],
-)
+@pytest.mark.parametrize(("name", "policy_name"), [case for case in CASES if "pab" not in case.id])
 def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
     tiny, policy = MODELS[name], POLICIES[policy_name]
     branches = branches_of(tiny, *(("cond", "uncond") if name in TWO_CALLS else ("cond",)))

@@ -25,8 +25,9 @@ from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 METADATA = "cachepass"
 """Key of the metadata: JSON, with the output that each input of the state becomes."""
 
-_LARGEST_FILE = 1536 * 2**20
-"""Bytes of weights inside of a file; a message of protobuf holds 2 GB."""
+_LARGEST_FILE = 256 * 2**20
+"""Bytes of weights inside of a file. A message of protobuf holds 2 GB, and while onnxruntime loads
+it, it holds a weight once more for each branch around it."""
 
 
 def export_onnx(
@@ -42,7 +43,7 @@ def export_onnx(
 
     Inputs and outputs are those of `export`, flat: ``branch.<name>`` and ``request.<name>`` go
     in, ``new.branch.<name>`` and ``new.request.<name>`` come out, and the metadata `cachepass`
-    pairs them. `cachepass.onnx.Denoiser` runs it. Weights of more than 2 GB lie beside the file,
+    pairs them. `cachepass.onnx.Denoiser` runs it. Weights of more than 256 MB lie beside the file,
     in ``<path>.data``.
 
     Args:

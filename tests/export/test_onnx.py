@@ -66,6 +66,8 @@ def test_the_onnx_file_is_legal_and_skips_with_an_if(onnx_file: pathlib.Path) ->
         sum(n.op_type in ("MatMul", "Gemm") for n in branch.g.node) for branch in node.attribute
     ]
     assert min(products) == 0 < max(products)
+    # Weights lie in the branch that uses them.
+    assert max(len(branch.g.initializer) for branch in node.attribute) >= max(products)
 
 
 def test_nothing_is_left_of_an_export_that_fails(

@@ -10,6 +10,7 @@ from cachepass.api import (
     report as report,
     reset as reset,
     restore as restore,
+    rows as rows,
     session as session,
 )
 from cachepass.calibrate import calibrate as calibrate

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch.fx.experimental import _config
+from torch.utils._pytree import tree_map
 
 from cachepass import capture
 from cachepass.adapters import diffusers as pipelines
@@ -26,11 +28,13 @@ from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.report import Report, merged, report_of
-from cachepass.runtime.denoiser import HINT, Denoiser, Hint, Program
-from cachepass.runtime.guidance import CONCATENATED, Arguments, Guidance, halves, join
+from cachepass.runtime.denoiser import HINT, Denoiser, Hint
+from cachepass.runtime.guidance import CONCATENATED, Arguments, Guidance, halves, join, latent_among
 from cachepass.runtime.policies import AnyPolicy, SRDiffusion, for_model, resolve
+from cachepass.runtime.program import Driver, Program
 from cachepass.runtime.relay import RENDER, SKETCH, Relay, Switch
-from cachepass.runtime.session import Session
+from cachepass.runtime.rows import Rows
+from cachepass.runtime.session import Location, Session
 
 M = TypeVar("M")
 Inner = Literal["inductor", "eager"]
@@ -147,7 +151,7 @@ def _relay(
     return put
 
 
-_NOTHING = contextlib.nullcontext()
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class CachedModule(OptimizedModule):
@@ -157,6 +161,7 @@ class CachedModule(OptimizedModule):
     clocked: list[Denoiser]
     dynamic: bool | None
     guidance: Guidance | None
+    lowering: Lowering
 
     def __init__(
         self,
@@ -185,7 +190,10 @@ class CachedModule(OptimizedModule):
         )
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
-        vars(self).update(denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance)
+        vars(self).update(
+            denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
+            lowering=lowering,
+        )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
@@ -224,8 +232,13 @@ class CachedModule(OptimizedModule):
         # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
+        latent, sizes = latent_among(args, kwargs), _NOTHING
+        if latent is not None and latent.shape[0] > 1 and self.lowering == "regions":
+            args, kwargs = _with_rows_open(args, kwargs, latent.shape[0])
+            # Equal sizes get symbols of their own: what has to be equal shows in the graph.
+            sizes = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # added late
         try:
-            with torch.no_grad(), floats:
+            with torch.no_grad(), floats, sizes:
                 return super().__call__(*args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, CachePassError):
@@ -245,6 +258,26 @@ class CachedModule(OptimizedModule):
             HINT.reset(token)
 
 
+def _with_rows_open(
+    args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments, marked so that a graph is captured with a symbol for the number of rows.
+
+    The user's own tensors are left alone. A place in memory other than the first would become part
+    of what is captured, so such values are copied.
+    """
+
+    def mark(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
+            return value
+        value = value.clone() if value.storage_offset() else value.detach()
+        torch._dynamo.maybe_mark_dynamic(value, 0)
+        return value
+
+    marked: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(mark, (args, kwargs))
+    return marked
+
+
 def _dump_folder() -> str | None:
     return os.environ.get("CACHEPASS_DUMP") or None
 
@@ -262,11 +295,11 @@ def _backend(
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Program]:
     """The backend that dynamo hands a captured call to."""
 
-    def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Callable[..., Any]:
+    def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Driver:
         if isinstance(compiler, GraphCompiler):
             driver = compiler(gm, args, denoiser.policy)
         elif inner == "eager":
-            return gm.forward
+            return Driver(gm.forward, takes=lambda _: True)
         else:
             driver = lower(gm, args, compiler)
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
@@ -330,6 +363,25 @@ def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Sess
         num_inference_steps: steps of the request, which some policies need.
     """
     return _denoiser(model).new_session(num_inference_steps)
+
+
+def rows(model: nn.Module, rows: Sequence[Session | Location]) -> Rows:
+    """Rows of several requests in one call, each with its own step, slots and decisions.
+
+    ::
+
+        with cachepass.rows(model, [a, b, c.row(sample=0), c.row(sample=1)]):
+            model(latents, timesteps, texts)  # row by row
+
+    A session that is listed goes on by one step each time it is left without an exception; name
+    the step with `Session.row` if it is another. The branch of the rows is that of the
+    `cache_context` around a call, else the call's place in its step.
+
+    Args:
+        model: what `compile` returned, with ``lowering="regions"``.
+        rows: whose each row is, in the order of the batch.
+    """
+    return Rows(_denoiser(model), rows)
 
 
 def reset(model: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from cachepass.errors import CaptureError
 
@@ -39,8 +41,29 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         node.meta["argument"] = _argument(placeholder, parameters)
     graph.output(graph.graph_copy(captured.graph, copies))
     gm = fx.GraphModule(captured, graph)
-    gm.meta = {}
+    gm.meta = {"computation": _computation(graph)}
     return gm
+
+
+def _computation(graph: fx.Graph) -> int:
+    """What is computed, whatever the sizes: one number for all captures of the same code."""
+    nodes = [
+        (node.op, getattr(node.target, "__name__", str(node.target)), _constants(node))
+        for node in graph.nodes
+        if node.op.startswith("call") and isinstance(node.meta.get("example_value"), torch.Tensor)
+    ]
+    return hash(tuple(nodes))
+
+
+def _constants(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments that are neither tensors nor sizes."""
+    found: list[Any] = []
+    # An int may be a size or not; a float (the scale of an adapter) is none.
+    pytree.tree_map(
+        lambda a: found.append(a) if isinstance(a, float | str | bool) else None,
+        (node.args, node.kwargs),
+    )
+    return tuple(found)
 
 
 def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from cachepass.passes.insert_sublayer_cache import (
     InsertSublayerCache as InsertSublayerCache,
 )
 from cachepass.passes.mark_boundaries import MarkBoundaries as MarkBoundaries
+from cachepass.passes.mark_rows import MarkRows as MarkRows
 from cachepass.passes.outline_blocks import OutlineBlocks as OutlineBlocks
 from cachepass.passes.outline_regions import OutlineRegions as OutlineRegions
 
@@ -23,6 +24,8 @@ def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tu
     """The passes for a policy that declares these sites and signals, in order."""
     return (
         MarkBoundaries(),
+        # Slots and conditionals are told how they carry rows as they are made.
+        MarkRows(),
         # Signals and sublayers lie inside blocks: before the blocks become single calls.
         InsertSignals(sites, signals),
         InsertSublayerCache(sites),

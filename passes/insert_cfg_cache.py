@@ -12,6 +12,7 @@ from cachepass.errors import PolicyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Cfg, Signal, Site, Slot, change_at, layout_of
 from cachepass.ir.graph import BuildArm, add_guard, call_nodes, insert_conditional, outputs_of
+from cachepass.ir.rows import kept_along
 from cachepass.ir.skippable import declare, keep, kept_before, predict
 from cachepass.pass_manager import PassResult
 
@@ -53,6 +54,7 @@ class InsertCfgCache:
                 name=f"{site.name}.{branch}",
                 site=site.name,
                 dtype=output.meta["example_value"].dtype,
+                rows=kept_along(layout, output.meta["example_value"]),
                 across_branches=True,
                 within_step=True,
             )

@@ -28,6 +28,7 @@ from cachepass.ir.boundary import (
     place_of,
 )
 from cachepass.ir.graph import add_guard, frame_of, same_shape, value_of
+from cachepass.ir.rows import kept_along
 from cachepass.ir.skippable import latent_of
 from cachepass.pass_manager import PassResult
 
@@ -106,6 +107,7 @@ def _declare(
         name=signal.name + (f".{age}" if age else ""),
         site=None,
         dtype=value_of(node).dtype,
+        rows=kept_along(layout, value_of(node)),
         age=age,
         across_branches=across_branches,
     )

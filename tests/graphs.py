@@ -14,7 +14,7 @@ from cachepass.capture import own_graph
 from cachepass.ir.boundary import Blocks, Cfg, Kind, Site, Sublayers, WholeCall
 from cachepass.pass_manager import Pass, run_passes
 from cachepass.passes import default_pipeline
-from cachepass.runtime.denoiser import Denoiser, Program
+from cachepass.runtime.denoiser import Denoiser
 from cachepass.runtime.policies import AnyPolicy, Compute, for_model
 from cachepass.runtime.policy import (
     EMPTY,
@@ -25,6 +25,7 @@ from cachepass.runtime.policy import (
     Policy,
     Trigger,
 )
+from cachepass.runtime.program import Driver, Program
 from cachepass.runtime.traced import Choice, State, TracedFacts
 from tests.models import TOY, Tiny, as_tensor
 
@@ -64,7 +65,7 @@ class Captured:
     def matches(self, policy: AnyPolicy | None = None) -> bool:
         """Whether a first call of the graph, as it is now, gives the model's output."""
         denoiser = Denoiser(for_model(policy or Compute(), None))
-        program = Program(denoiser, self.gm, lambda gm, _: gm.forward)
+        program = Program(denoiser, self.gm, lambda gm, _: Driver(gm.forward, lambda rows: True))
         with torch.no_grad():
             return torch.equal(as_tensor(program(*self.args)), self.output)
 

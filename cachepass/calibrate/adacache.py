@@ -17,7 +17,7 @@ from cachepass.ir import ops
 from cachepass.ir.boundary import WholeCall
 from cachepass.runtime.policies import AdaCache
 from cachepass.runtime.policy import Measure
-from cachepass.runtime.session import Observation
+from cachepass.runtime.session import Observation, Sums
 
 Course = dict[int, dict[int, list[Measure]]]
 """Step -> steps back -> the measures of the branches."""
@@ -52,8 +52,8 @@ def fit_adacache(runs: Runs, base: AdaCache, rate: float | None) -> Fitted:
                 scores.append(measure.second)
             for prompt, step, value in earlier:
                 if prompt == call.prompt:
-                    rows = (step,) * len(call.session.signals[call.branch, signal.name])
-                    found = Observation(ops.l1_sums(now, value), call.step, rows).row(row)
+                    sums = Sums(ops.l1_sums(now, value), len(now))
+                    found = Observation(sums, row, call.step, step).measure()
                     found = dataclasses.replace(found, second=measure.second)
                     of_step.setdefault(found.gap, []).append(found)
         earlier.append((call.prompt, call.step, now))

@@ -55,7 +55,7 @@ def fit_mixcache(runs: Runs, base: MixCache, rate: float | None) -> Fitted:
         subjects = [
             Subject(
                 module=model._orig_mod,
-                layout=model.denoiser.programs[-1].layout,
+                layout=model.denoiser.programs[-1].inputs.layout,
                 calls=tuple((r.step, r.branch) for r in model.denoiser.requests[-1].records),
             )
             for model in models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import sys
@@ -65,14 +66,16 @@ class Call:
 
     def measures(self, signal: str) -> list[Measure]:
         """A signal of this branch, row by row."""
-        rows = self.session.signals[self.branch, signal]
-        return [seen.row(i) for i, seen in enumerate(rows) if seen is not None]
+        seen = self.session.signals.items()
+        return [s.measure() for (b, _, name), s in seen if (b, name) == (self.branch, signal)]
 
     def kept(self, prefix: str) -> Tensor:
-        """The largest value in this branch's slots of that prefix."""
-        slots = self.session.slots.items()
-        found = [k.value for (b, name), k in slots if b == self.branch and name.startswith(prefix)]
-        return max(found, key=Tensor.numel)
+        """The largest value in this branch's slots of that prefix, of all rows."""
+        rows: dict[str, list[Tensor]] = collections.defaultdict(list)
+        for (branch, _, name), kept in self.session.slots.items():
+            if branch == self.branch and name.startswith(prefix):
+                rows[name].append(kept.value)
+        return torch.cat(max(rows.values(), key=lambda values: values[0].numel()))
 
 
 @dataclasses.dataclass(kw_only=True)

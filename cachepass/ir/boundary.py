@@ -245,9 +245,12 @@ class Slot:
     age: int = 0
     """0 for the newest value, 1 for the one before it, ..."""
 
-    def key(self, branch: str) -> tuple[str | None, str]:
-        """Where a session keeps the value of a branch."""
-        return (None if self.across_branches else branch, self.name)
+    rows: int | None = 0
+    """The dimension of the value that carries rows, if one does."""
+
+    def key(self, branch: str, sample: int) -> tuple[str | None, int, str]:
+        """Where a session keeps the value of a row."""
+        return (None if self.across_branches else branch, sample, self.name)
 
     def ages(self, count: int) -> list[str]:
         """Of the newest value: the names of its slot and those of the values before it."""
@@ -302,6 +305,12 @@ class Layout:
     patches: fx.Node | None = None
     """(rows, channels, frames, height, width): the latent after patching, before it is
     flattened to the tokens that enter the first block."""
+
+    batch: int = 1
+    """Rows of the call that was captured."""
+
+    row_symbols: frozenset[Any] = frozenset()
+    """Sizes that count rows, as symbols; none where the batch has one size only."""
 
     probed: int = 0
     """Blocks that run before the decision, since the policy looks at them."""

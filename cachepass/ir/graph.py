@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from cachepass.ir import ops
+from cachepass.ir.boundary import layout_of
+from cachepass.ir.rows import carried
 
 BuildArm = Callable[[fx.Graph, fx.Node, dict[fx.Node, fx.Node]], Sequence[fx.Node]]
 """Fills the graph of an arm: (graph, frame, outer node -> inner node) -> its outputs."""
@@ -184,7 +186,9 @@ def insert_conditional(
     with graph.inserting_after(compute):
         taken = graph.get_attr(attach(gm, reuse_arm, f"reuse_{site}"))
     with graph.inserting_after(taken):
-        cond = graph.call_function(ops.conditional, (frame, site, compute, taken, tuple(operands)))
+        how = carried(layout_of(gm), operands, outputs)
+        arguments = (frame, site, compute, taken, tuple(operands), how)
+        cond = graph.call_function(ops.conditional, arguments)
     cond.meta["example_value"] = tuple(o.meta.get("example_value") for o in outputs)
     if outputs and "place" in outputs[0].meta:
         cond.meta["place"] = outputs[0].meta["place"]

@@ -20,6 +20,14 @@ Arm = Callable[..., Any]
 """One side of a conditional: a GraphModule called as ``arm(frame, *operands)``."""
 
 
+COUNT = "count"
+"""Of a number that is a multiple of the number of rows."""
+
+Carried = tuple[tuple[int | str | None, ...], tuple[int | None, ...]] | None
+"""How operands and results of a conditional carry rows: each along a dimension, as a `COUNT`, or
+not at all. None where it is not known: the batch has one size only."""
+
+
 class When(enum.StrEnum):
     """The condition under which a `guard` runs its arm."""
 
@@ -55,7 +63,9 @@ class Frame(Protocol):
     def weights(self, slot: str, count: int, like: Tensor) -> Tensor: ...
     def observe(self, signal: str, slot: str, sums: Tensor) -> None: ...
     def decide(self) -> None: ...
-    def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any: ...
+    def select(
+        self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...], carried: Carried
+    ) -> Any: ...
     def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None: ...
 
 
@@ -100,14 +110,20 @@ def decide(frame: Frame) -> None:
 
 
 def conditional(
-    frame: Frame, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]
+    frame: Frame,
+    site: str,
+    compute: Arm,
+    reuse: Arm,
+    operands: tuple[Any, ...],
+    carried: Carried = None,
 ) -> Any:
-    """Run `compute` or `reuse` as decided for `site`; both where rows differ.
+    """Run `compute` or `reuse` as decided for `site`; where rows differ, each for its rows.
 
-    Arms return tuples of equal length; where rows differ the outputs are selected row by
-    row along dimension 0.
+    Arms return tuples of equal length. Rows that differ are gathered out of the operands and put
+    back into the results as `carried` says; without it both arms run for all rows, and results
+    are selected along dimension 0.
     """
-    return frame.select(site, compute, reuse, operands)
+    return frame.select(site, compute, reuse, operands, carried)
 
 
 def guard(frame: Frame, when: When, arm: Arm, operands: tuple[Any, ...]) -> None:

@@ -56,8 +56,9 @@ def _body(gm: fx.GraphModule, lines: list[str], indent: str, names: Names) -> No
             if values:
                 lines.append(f"{indent}return {values}")
         elif node.target is ops.conditional:
-            _, site, compute, reuse, operands = node.args
-            lines.append(f"{indent}{_results(node)} = if not reused {site!r}:")
+            _, site, compute, reuse, operands, carried = node.args
+            how = ", row by row" if carried is not None else ""
+            lines.append(f"{indent}{_results(node)} = if not reused {site!r}{how}:")
             _arm(gm, compute, operands, lines, indent, names)
             lines.append(f"{indent}else:")
             _arm(gm, reuse, operands, lines, indent, names)

@@ -19,6 +19,7 @@ from cachepass.ir import ops
 from cachepass.ir.boundary import CacheChange, Layout, Place, Site, Slot
 from cachepass.ir.graph import add_guard, insert_conditional, same_shape
 from cachepass.ir.predictors import Predictor, weighted_sum
+from cachepass.ir.rows import kept_along
 
 Nodes = dict[fx.Node, fx.Node]
 
@@ -52,6 +53,7 @@ def declare(
                 name=name + (f".{part}" if part else "") + (f".{age}" if age else ""),
                 site=site.name,
                 dtype=value.dtype,
+                rows=kept_along(layout, value),
                 across_branches=across_branches,
                 age=age,
             )

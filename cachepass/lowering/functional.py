@@ -346,7 +346,7 @@ class _Writer:
 
     def _select(
         self, scope: Scope, site: str, compute: fx.GraphModule, reuse: fx.GraphModule,
-        operands: Sequence[fx.Node],
+        operands: Sequence[fx.Node], _: object,
     ) -> fx.Node:  # fmt: skip
         taken = self.taken[site]
         computing, reusing = Scope(scope), Scope(scope)

@@ -15,6 +15,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 
+from cachepass.errors import SessionError
 from cachepass.lowering.conditional import exact_operands
 from cachepass.lowering.functional import Functional, functionalize
 from cachepass.lowering.regions import patches_of
@@ -23,6 +24,7 @@ from cachepass.lowering.shapes import fake_inputs, latent_in, slot_shapes
 from cachepass.lowering.share import share_regions
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Policy
+from cachepass.runtime.program import Driver
 
 Compiled = Callable[..., Any]
 
@@ -36,8 +38,8 @@ class GraphCompiler:
         self.count = 0
         self.seconds = 0.0
 
-    def __call__(self, gm: fx.GraphModule, args: Sequence[Any], policy: Policy) -> Compiled:
-        """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
+    def __call__(self, gm: fx.GraphModule, args: Sequence[Any], policy: Policy) -> Driver:
+        """The driver for inputs like `args`."""
         started = time.perf_counter()
         mode, fakes = fake_inputs(args)
         latent = latent_in(gm, fakes)
@@ -53,7 +55,7 @@ class GraphCompiler:
             call = self._inductor(whole.gm, given, mode)
         self.count += 1
         self.seconds += time.perf_counter() - started
-        return _driver(call, whole, latent.device)
+        return _driver(call, whole, latent.device, latent.shape[0])
 
     def _inductor(self, gm: fx.GraphModule, given: Sequence[Any], mode: FakeTensorMode) -> Compiled:
         context = torch._guards.TracingContext(mode)
@@ -62,21 +64,27 @@ class GraphCompiler:
         return compiled  # type: ignore[no-any-return]
 
 
-def _driver(call: Compiled, whole: Functional, device: torch.device) -> Compiled:
-    def driver(frame: Frame, *args: Any) -> tuple[Any, ...]:
-        kept = frame.session.tensors
-        keys = {e.name: (None if e.shared else frame.branch, e.name) for e in whole.state}
+def _driver(call: Compiled, whole: Functional, device: torch.device, rows: int) -> Driver:
+    def run(frame: Frame, *args: Any) -> tuple[Any, ...]:
+        first, *others = frame.rows
+        if any(row.session is not first.session or row.branch != first.branch for row in others):
+            raise SessionError(
+                "rows of several sessions or branches: a whole graph keeps the state of one at a "
+                "time. Compile the model with lowering='regions'"
+            )
+        session, branch = first.session, first.branch
+        kept = session.tensors
+        keys = {e.name: (None if e.shared else branch, e.name) for e in whole.state}
         state = [kept[keys[e.name]] if keys[e.name] in kept else e.cold() for e in whole.state]
-        where = where_it_stands(frame.step, frame.session.num_steps, frame.branch)
+        where = where_it_stands(first.step, session.num_steps, branch)
         numbers = (torch.tensor(number, device=device) for number in where.values())
         results, reused, new = whole.parts(call(*args, *numbers, *state))
         for name, value in zip(whole.changed, new, strict=True):
             kept[keys[name]] = value
         masks = dict(zip(whole.sites, (mask.tolist() for mask in reused), strict=True))
-        frame.reused = [
-            frozenset(site for site, rows in masks.items() if rows[row])
-            for row in range(frame.rows)
-        ]
+        for i, row in enumerate(frame.rows):
+            row.reused = frozenset(site for site, rows in masks.items() if rows[i])
+        frame.apart = False  # a block runs for all rows
         return tuple(results)
 
-    return driver
+    return Driver(run, takes=rows.__eq__)

@@ -9,6 +9,7 @@ Both arms of every conditional are lowered, so nothing compiles after the first 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 import warnings
@@ -28,7 +29,8 @@ from cachepass.ir import ops
 from cachepass.ir.boundary import Slot, layout_of
 from cachepass.lowering.patch import replaced
 from cachepass.lowering.shapes import fake_inputs, latent_in
-from cachepass.runtime.denoiser import signature_of
+from cachepass.runtime.inputs import Inputs, signature_of
+from cachepass.runtime.program import Driver
 
 Compiled = Callable[..., Any]
 Signature = tuple[Any, ...]
@@ -71,18 +73,31 @@ def lower(
     gm: fx.GraphModule,
     args: Sequence[Any],
     compiler: RegionCompiler,
-) -> Callable[..., Any]:
-    """The driver for inputs like `args`: called as ``driver(frame, *args)``."""
-    layout = layout_of(gm)
+) -> Driver:
+    """The driver for inputs like `args`, with any number of rows if that is a symbol in `gm`."""
+    layout, inputs = layout_of(gm), Inputs(gm)
     started = time.perf_counter()
-    mode, fakes = fake_inputs(args)
-    lowering = _Lowering(layout.slots, latent_in(gm, args).shape[0], compiler, mode)
+    mode, fakes = fake_inputs(args, inputs.carried, inputs.rows(args))
+    rows = latent_in(gm, fakes).shape[0]
+    lowering = _Lowering(layout.slots, rows, compiler, mode)
     on_cpu = all(a.device.type == "cpu" for a in args if isinstance(a, Tensor))
     # Triton's kernels are bundled into the cache as soon as a region is done: no waiting there.
     with _one_wait_for_all() if on_cpu else contextlib.nullcontext():
         lowered, _ = lowering.lower(gm, [None, *fakes])
     compiler.seconds += time.perf_counter() - started
-    return lowered.forward
+    takes = functools.partial(_holds, mode, rows) if isinstance(rows, torch.SymInt) else rows.__eq__
+    return Driver(lowered.forward, takes)
+
+
+def _holds(mode: FakeTensorMode, rows: torch.SymInt, count: int) -> bool:
+    """Whether what was taken for granted about the number of rows is true of this one.
+
+    That it is more than one is always granted, and has no consequence for what is computed.
+    """
+    environment = mode.shape_env
+    assert environment is not None
+    values = {rows.node.expr: count}
+    return all(guard.expr.subs(values) != False for guard in environment.guards)  # noqa: E712
 
 
 @contextlib.contextmanager
@@ -167,7 +182,7 @@ class _Lowering:
         arms: dict[str, fx.GraphModule],
     ) -> Any:
         if node.target is ops.conditional:
-            _, _, compute, reuse, operands = inputs
+            _, _, compute, reuse, operands, _ = inputs
             arms[compute], result = self.lower(getattr(gm, compute), [None, *operands])
             arms[reuse], other = self.lower(getattr(gm, reuse), [None, *operands])
             # What follows is compiled for one layout, whichever arm was taken.

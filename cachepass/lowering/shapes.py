@@ -8,20 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from cachepass.ir.boundary import Layout, call_inputs, layout_of
-from cachepass.ir.ops import Arm, When
+from cachepass.ir.ops import COUNT, Arm, Carried, When
 
 
-def fake_inputs(args: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """Fakes of a call's inputs with fixed shapes, and their mode."""
+def fake_inputs(
+    args: Sequence[Any], ways: Sequence[int | str | None] | None = None, rows: int = 1
+) -> tuple[FakeTensorMode, list[Any]]:
+    """Fakes of a call's inputs, and their mode.
+
+    Args:
+        args: the inputs.
+        ways: how each carries rows (see `ir.ops.Carried`): their number is a symbol then. None
+            for fixed shapes.
+        rows: how many there are.
+    """
     # Inductor's cache of graphs works under a shape environment only, even an empty one.
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True))
+    count: Any = rows
+
+    def fake(value: Any, way: int | str | None) -> Any:
+        nonlocal count
+        if not isinstance(value, Tensor):
+            return value // rows * count if way == COUNT else value
+        if not isinstance(way, int):
+            return mode.from_tensor(value, static_shapes=True)
+        sizes = [DimDynamic.STATIC] * value.ndim
+        sizes[way] = DimDynamic.DYNAMIC
+        # Equal sizes get one symbol: there are no others than those of rows.
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        made = mode.from_tensor(value, symbolic_context=context, source=ConstantSource("rows"))
+        count = made.shape[way]
+        return made
+
     with mode, torch.no_grad():
+        if ways is None:
+            return mode, [fake(value, None) for value in args]
+        pairs = list(zip(args, ways, strict=True))
+        tensors = {i: fake(v, way) for i, (v, way) in enumerate(pairs) if isinstance(v, Tensor)}
         return mode, [
-            mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args
+            tensors[i] if i in tensors else fake(value, way) for i, (value, way) in enumerate(pairs)
         ]
 
 
@@ -60,7 +94,9 @@ class SlotShapes:
 
     def decide(self) -> None: ...
 
-    def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any:
+    def select(
+        self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...], carried: Carried
+    ) -> Any:
         result = compute(self, *operands)
         reuse(self, *operands)  # it may be the only one that reads some slot
         return result

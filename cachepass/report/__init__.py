@@ -75,7 +75,7 @@ def report_of(
     only: History | None = None,
 ) -> Report:
     """The report of a denoiser, or of one of its requests."""
-    layout = denoiser.programs[-1].layout if denoiser.programs else None
+    layout = denoiser.programs[-1].inputs.layout if denoiser.programs else None
     kinds = collections.Counter(s.kind.value for s in layout.sublayers) if layout else {}
     requests = [only] if only is not None else denoiser.requests
     notes = list(denoiser.policy.notes)

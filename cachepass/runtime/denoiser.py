@@ -1,28 +1,28 @@
-"""One compiled model: its programs, its requests, and where each call belongs."""
+"""One compiled model: its requests, and where each call belongs."""
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
-import functools
-import operator
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
-from cachepass.ir.boundary import Cfg, Layout, call_inputs, layout_of
-from cachepass.runtime.frame import Frame
+from cachepass.ir.boundary import Cfg
+from cachepass.runtime.clock import Conditioning
+from cachepass.runtime.frame import Frame, Row, Surroundings
+from cachepass.runtime.inputs import Inputs
 from cachepass.runtime.policy import Policy
-from cachepass.runtime.session import ENTERED, Ahead, Conditioning, History, Session
+from cachepass.runtime.rows import ROWS
+from cachepass.runtime.session import ENTERED, History, Location, Session
 
-Driver = Callable[..., Any]
-Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
+if TYPE_CHECKING:
+    from cachepass.runtime.program import Program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +41,6 @@ HINT: contextvars.ContextVar[Hint | None] = contextvars.ContextVar("cachepass_hi
 _KEEP_REQUESTS = 16
 _SURELY_GUIDED = 2  # at this step a second branch was seen, if there is one
 _USUAL_BRANCHES = 2  # calls in a step; with more, it is worth a look at the timestep
-_VERSION = operator.attrgetter("_version")
 
 
 class Denoiser:
@@ -188,144 +187,75 @@ class Denoiser:
             raise PolicyError(f"policy {self.policy.name!r}: {text}, or choose a policy of blocks")
         session.note(text)
 
-    def open(self, program: Program, args: Sequence[Any]) -> Frame:
+    def open(
+        self,
+        inputs: Inputs,
+        args: Sequence[Any],
+        call_cond: Callable[[Frame], None],
+        takes: Callable[[int], bool],
+    ) -> Frame:
         """The frame of a call that is about to run."""
-        layout = program.layout
-        latent = args[program.latent]
-        time = args[program.timestep] if program.timestep is not None else None
-        conditioning = [args[i] for i in program.conditioning]
+        time = args[inputs.timestep] if inputs.timestep is not None else None
         with self.lock:
-            session, step, branch = self._locate(time, conditioning)
-            # Once per step, and only where something is cached: a model has hundreds of weights.
-            if step != session.step and self.sites:
-                session.weights = program.weights(args)
-            signature = (
-                id(program), latent.shape, latent.dtype, latent.device, session.weights,
-            )  # fmt: skip
-            first = session.begin(step, branch, signature)
-            if self.skips_uncond and step == _SURELY_GUIDED and session.branches == [branch]:
-                self._check_guidance(session)
-        return Frame(
-            session,
-            self.policy,
-            self.sites,
-            layout,
-            step=step,
-            branch=branch,
-            rows=latent.shape[0],
-            first_call=first,
-            time=time,
-            call_cond=functools.partial(program.call_cond, args=args),
+            places = self._places(inputs, args, time)
+            sessions = list(dict.fromkeys(place.session for place in places))
+            rows = self._begin(inputs, args, places, sessions)
+        alone = len(sessions) == 1
+        around = Surroundings(
+            self.policy, self.sites, inputs.layout, time, call_cond if alone else None, takes
         )
+        return Frame(rows, around)
 
+    def _places(self, inputs: Inputs, args: Sequence[Any], time: Tensor | None) -> list[Location]:
+        """Whose each row is."""
+        count, listed, hint = inputs.rows(args), ROWS.get(), HINT.get()
+        if listed is not None and listed.owner is self:
+            return listed.places(count, hint.branch if hint is not None else None)
+        session, step, branch = self._locate(time, [args[i] for i in inputs.conditioning])
+        return [Location(session, step, branch, sample) for sample in range(count)]
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two inputs are equal; the same memory without a look at it."""
-    if not isinstance(a, Tensor):
-        return bool(a == b)
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-
-
-def signature_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """What compiled code depends on: shapes, strides, dtypes, devices, plain values."""
-    return tuple(
-        (i.shape, i.stride(), i.dtype, i.device) if isinstance(i, Tensor) else i for i in inputs
-    )
-
-
-class Program:
-    """A rewritten graph and its drivers, one for each signature of inputs."""
-
-    def __init__(self, denoiser: Denoiser, gm: fx.GraphModule, lower: Lower) -> None:
-        self.denoiser, self.gm, self.layout = denoiser, gm, layout_of(gm)
-        self._lower = lower
-        self._drivers: dict[tuple[Any, ...], Driver] = {}
-        places = call_inputs(gm)
-        index = {n: i for i, n in enumerate(places)}
-        layout: Layout = self.layout
-        assert layout.latent is not None
-        self.latent = index[layout.latent]
-        self.timestep = index[layout.timestep] if layout.timestep is not None else None
-        self.conditioning = [
-            index[n] for n in layout.inputs.values() if n not in (layout.latent, layout.timestep)
-        ]
-        self._arguments = [i for i, n in enumerate(places) if not n.meta.get("weight")]
-        weights = [i for i, n in enumerate(places) if n.meta.get("weight")]
-        self._weights_of = operator.itemgetter(*weights, weights[0])  # a tuple, even of one
-
-    def weights(self, args: Sequence[Any]) -> tuple[int, int]:
-        """Changes when a weight is written to or replaced."""
-        weights = self._weights_of(args)
-        # Inference tensors count no versions.
-        uncounted = torch.is_inference_mode_enabled() or weights[0].is_inference()
-        versions = 0 if uncounted else sum(map(_VERSION, weights))
-        return versions, hash(tuple(map(Tensor.data_ptr, weights)))
-
-    def __call__(self, *args: Any) -> Any:
-        """One denoising call; an exception drops the session's slots."""
-        frame = self.denoiser.open(self, args)
-        session = frame.session
-        if self.denoiser.skips_uncond:
-            self._remember(frame, args)
-        try:
-            result = self._made_ahead(frame, args)
-            if result is None:
-                result = self._driver(args)(frame, *args)
-                session.record(frame.record())
-        except BaseException:
-            session.drop()
-            raise
-        if frame.step + 1 == session.num_steps and session.all_branches_called:
-            self.denoiser.warn_if_useless(session.history)
-        return result
-
-    # Where the unconditional call comes first and is to be skipped, it stands on the
-    # conditional output of its step, which is not there yet. What the conditional call
-    # will be given is known but for the text, and that is what it was a step ago.
-
-    def _remember(self, frame: Frame, args: Sequence[Any]) -> None:
-        """Keep the text of a conditional call, as long as the other one's is of its shape."""
-        session, given = frame.session, tuple(args[i] for i in self.conditioning)
-        if frame.branch == "cond":
-            session.conditional = given
-        elif session.conditional is not None and signature_of(session.conditional) != signature_of(
-            given
-        ):
-            session.conditional = None
-
-    def call_cond(self, uncond: Frame, *, args: Sequence[Any]) -> None:
-        """Make a step's conditional call before its turn, with the text of the step before."""
-        session, given = uncond.session, list(args)
-        assert session.conditional is not None
-        for i, tensor in zip(self.conditioning, session.conditional, strict=True):
-            given[i] = tensor
-        frame = uncond.of_branch("cond")
-        output = self._driver(given)(frame, *given)
-        inputs = tuple(given[i] for i in self._arguments)
-        session.ahead = Ahead(frame.step, inputs, output, frame.record())
-
-    def _made_ahead(self, frame: Frame, args: Sequence[Any]) -> Any:
-        """The output of this call, if it was made before its turn with the same inputs."""
-        session = frame.session
-        ahead, session.ahead = session.ahead, session.ahead if frame.branch != "cond" else None
-        if ahead is None or frame.branch != "cond" or ahead.step != frame.step:
-            return None
-        pairs = zip(ahead.inputs, (args[i] for i in self._arguments), strict=True)
-        if not all(_same(a, b) for a, b in pairs):
-            session.note(
-                "the conditional call was made ahead of its turn, for the unconditional one to "
-                "stand on, and its inputs turned out to be others: it was computed again"
+    def _begin(
+        self,
+        inputs: Inputs,
+        args: Sequence[Any],
+        places: Sequence[Location],
+        sessions: Sequence[Session],
+    ) -> list[Row]:
+        """Enter each session; its rows, in the order of the call."""
+        latent = args[inputs.latent]
+        kind = (inputs.computation, inputs.text(args))
+        # Once per step, and only where something is cached: a model has hundreds of weights.
+        starting = {p.session for p in places if p.step != p.session.step}
+        if starting and self.sites:
+            weights = inputs.weights(args)
+            for session in starting:
+                session.weights = weights
+        found: dict[int, Row] = {}
+        for session in sessions:
+            mine = {i: p for i, p in enumerate(places) if p.session is session}
+            steps = {p.step for p in mine.values()}
+            if len(steps) > 1:
+                raise SessionError(
+                    f"rows of one session are at steps {sorted(map(str, steps))}: they belong to "
+                    "one step of a request"
+                )
+            (step,) = steps
+            assert step is not None
+            rows = [(p.branch or "", p.sample) for p in mine.values()]
+            before = session.begin(
+                step,
+                rows,
+                (latent.shape[1:], latent.dtype, latent.device, session.weights),
+                {branch: kind for branch, _ in rows},
             )
-            return None
-        session.record(ahead.record)
-        return ahead.output
-
-    def _driver(self, args: Sequence[Any]) -> Driver:
-        key = signature_of([args[i] for i in self._arguments])
-        driver = self._drivers.get(key)
-        if driver is None:
-            with self.denoiser.lock:
-                driver = self._drivers.get(key)
-                if driver is None:
-                    driver = self._drivers[key] = self._lower(self.gm, args)
-        return driver
+            seen: set[int] = set()
+            branches = session.branches
+            if self.skips_uncond and step == _SURELY_GUIDED and len(branches) == 1:
+                self._check_guidance(session)
+            told = zip(mine, rows, before, strict=True)
+            # The conditional one first, whatever the order of rows.
+            for i, (branch, sample), earlier in sorted(told, key=lambda t: t[1][0] != "cond"):
+                first = not earlier and sample not in seen
+                seen.add(sample)
+                found[i] = Row(session, step, branch, sample, earlier, first)
+        return [found[i] for i in range(len(places))]

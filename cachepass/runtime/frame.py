@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,46 @@ from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
 from cachepass.ir.boundary import Cfg, Layout, Site, Slot
-from cachepass.ir.ops import Arm, When
+from cachepass.ir.ops import Arm, Carried, When
 from cachepass.ir.predictors import Moment
+from cachepass.runtime import batch
 from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
-from cachepass.runtime.session import CallRecord, Kept, Observation, Session
+from cachepass.runtime.session import CallRecord, Kept, Observation, Session, Sums
+
+
+@dataclasses.dataclass(slots=True)
+class Row:
+    """One row of a running call: whose it is, and what was decided for it."""
+
+    session: Session
+    step: int
+    branch: str
+    sample: int
+    before: tuple[str, ...]
+    """Branches of its sample that were called before in this step."""
+
+    first: bool
+    """Whether it is the first of its sample in this step."""
+
+    time: float = math.nan
+    reused: frozenset[str] = COMPUTE
+    full: bool = True
+    """Whether it computes everything: caches are refreshed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a call's frames have in common, besides rows."""
+
+    policy: Policy
+    sites: Mapping[str, Site]
+    layout: Layout
+    time: Tensor | None
+    call_cond: Callable[[Frame], None] | None
+    """Makes the conditional call of the step; where the rows belong to one session."""
+
+    takes: Callable[[int], bool]
+    """Whether arms take this many rows."""
 
 
 class Frame:
@@ -23,98 +60,90 @@ class Frame:
 
     def __init__(
         self,
-        session: Session,
-        policy: Policy,
-        sites: Mapping[str, Site],
-        layout: Layout,
-        *,
-        step: int,
-        branch: str,
-        rows: int,
-        first_call: bool,
-        time: Tensor | None,
-        call_cond: Callable[[Frame], None] | None = None,
+        rows: Sequence[Row],
+        around: Surroundings,
+        root: Frame | None = None,
+        live: Sequence[bool] | None = None,
     ) -> None:
-        self.session, self.policy, self.sites, self.layout = session, policy, sites, layout
-        self.step, self.branch, self.rows = step, branch, rows
-        self.first_call = first_call
-        self._time, self._call_cond = time, call_cond
+        self.rows, self.around = rows, around
+        self.sessions = list(dict.fromkeys(row.session for row in rows))
+        self.policy, self.layout = around.policy, around.layout
+        self._root = root or self
+        self._live = live or [True] * len(rows)
+        """Rows that count: others are computed along, and nothing of them is kept or looked at."""
+
         self._weights: dict[str, Tensor] = {}
-        self.reused: list[frozenset[str]] = [COMPUTE] * rows
-        self.full = [True] * rows
-        self._active = [True] * rows
-        self._writing = [True] * rows
+        self.apart = True
+        """Whether rows that decided differently went their own ways."""
 
     def of_branch(self, branch: str) -> Frame:
-        """A frame of another call of the same step."""
-        return Frame(
-            self.session, self.policy, self.sites, self.layout,
-            step=self.step, branch=branch, rows=self.rows, first_call=False, time=self._time,
-        )  # fmt: skip
+        """A frame of another call of the same step, as if it were the first."""
+        others = [
+            dataclasses.replace(row, branch=branch, before=(), first=False) for row in self.rows
+        ]
+        return Frame(others, dataclasses.replace(self.around, call_cond=None))
 
     # ------------------------------------------------------------------------ slots
 
     def read(self, slot: str, like: Tensor | None) -> Tensor:
         """See `ir.ops.cache_read`."""
-        kept = self.session.slots.get(self.layout.slots[slot].key(self.branch))
-        if kept is not None and (like is None or kept.value.shape == like.shape):
-            return kept.value
-        if like is None:
-            raise SessionError(f"slot {slot!r} is cold and was read for reuse")
         declared = self.layout.slots[slot]
-        cold = 0.0 if declared.age and declared.site else math.nan  # no weight, or no evidence
-        return torch.full(like.shape, cold, dtype=declared.dtype, device=like.device)
+        kept = [r.session.slots.get(declared.key(r.branch, r.sample)) for r in self.rows]
+        values = [k.value if k is not None else None for k in kept]
+        if like is not None:
+            shape = batch.shape_of_one(like.shape, declared.rows, len(self.rows))
+            values = [v if v is not None and v.shape == shape else None for v in values]
+            cold = 0.0 if declared.age and declared.site else math.nan  # no weight, or no evidence
+            made = torch.full(shape, cold, dtype=declared.dtype, device=like.device)
+            return batch.join([made if v is None else v for v in values], declared)
+        # Rows that nothing is written for, and that nobody looks at, may be cold.
+        there = next((v for v in values if v is not None), None)
+        cold_rows = [w for w, v in zip(self._live, values, strict=True) if v is None]
+        if there is None or any(cold_rows):
+            raise SessionError(f"slot {slot!r} is cold and was read for reuse")
+        return batch.join([torch.zeros_like(there) if v is None else v for v in values], declared)
 
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
-        steps = tuple(self.step if row else None for row in self._writing)
-        self._put(slot, Kept(value, steps))
+        declared = self.layout.slots[slot]
+        for i, row in self._written():
+            own = batch.part(value, declared.rows, i, len(self.rows))
+            row.session.slots[declared.key(row.branch, row.sample)] = Kept(own, row.step)
 
     def shift(self, newer: str, older: str) -> None:
         """See `ir.ops.cache_shift`. Rows that are not refreshed keep their older value."""
-        kept = self.session.slots.get(self.layout.slots[newer].key(self.branch))
-        if kept is not None:
-            rows = zip(self._writing, kept.steps, strict=True)
-            self._put(older, Kept(kept.value, tuple(step if w else None for w, step in rows)))
+        source, target = self.layout.slots[newer], self.layout.slots[older]
+        for _, row in self._written():
+            kept = row.session.slots.get(source.key(row.branch, row.sample))
+            if kept is not None:
+                row.session.slots[target.key(row.branch, row.sample)] = kept
 
-    def _put(self, slot: str, new: Kept) -> None:
-        key, rows = self.layout.slots[slot].key(self.branch), self._writing
-        old = self.session.slots.get(key)
-        if not all(rows) and old is not None:
-            if old.value.dtype != new.value.dtype or old.value.shape != new.value.shape:
-                raise SessionError(
-                    f"slot {slot!r} holds {old.value.dtype} {tuple(old.value.shape)} and is "
-                    f"given {new.value.dtype} {tuple(new.value.shape)}: one request has one dtype "
-                    "and shape"
-                )
-            value = torch.where(_mask(rows, new.value), new.value, old.value)
-            steps = (n if w else o for w, n, o in zip(rows, new.steps, old.steps, strict=True))
-            new = Kept(value, tuple(steps))
-        self.session.slots[key] = new
+    def _written(self) -> list[tuple[int, Row]]:
+        return [(i, row) for i, row in enumerate(self.rows) if self._live[i]]
 
     def weights(self, slot: str, count: int, like: Tensor) -> Tensor:
         """See `ir.ops.weights`."""
         newest = self.layout.slots[slot]
         assert newest.site is not None
         if newest.site not in self._weights:  # many sublayers may share them
-            rows = [self._row_weights(newest, count, row) for row in range(self.rows)]
-            self._weights[newest.site] = torch.tensor(rows, dtype=torch.float32)
+            numbers = [self._row_weights(newest, count, row) for row in self.rows]
+            self._weights[newest.site] = torch.tensor(numbers, dtype=torch.float32)
         return self._weights[newest.site].to(like.device)
 
-    def _row_weights(self, newest: Slot, count: int, row: int) -> tuple[float, ...]:
-        session, predictor = self.session, self.sites[newest.site or ""].stand_in
-        names = newest.ages(predictor.history)
-        steps = (session.written(self.layout.slots[n], self.branch, row) for n in names)
+    def _row_weights(self, newest: Slot, count: int, row: Row) -> tuple[float, ...]:
+        predictor = self._site(newest.site or "").stand_in
+        ages = [self.layout.slots[name] for name in newest.ages(predictor.history)]
+        steps = (row.session.written(slot, row.branch, row.sample) for slot in ages)
         kept = tuple(step for step in steps if step is not None)
         newest_alone = (1.0,) + (0.0,) * (count - 1)
-        if not kept or kept[0] == self.step:  # a row that is not reused: any finite numbers do
+        if not kept or kept[0] == row.step:  # a row that is not reused: any finite numbers do
             return newest_alone
         # Signals are read from the device only where they are wanted.
         measures = self._measures(row) if predictor.needs_signal else {}
         moment = Moment(
-            step=self.step,
+            step=row.step,
             kept=kept,
-            timesteps={step: times[row] for step, times in session.timesteps.items()},
+            timesteps=row.session.timesteps.get(row.sample, {}),
             ratios={n: m.second for n, m in measures.items() if m.second is not None},
         )
         return predictor.weights(moment) or newest_alone
@@ -123,28 +152,23 @@ class Frame:
 
     def observe(self, signal: str, slot: str, sums: Tensor) -> None:
         """See `ir.ops.observe`. Rows that are not refreshed keep their last observation."""
-        reference = self.layout.slots[slot]
-        key = reference.key(self.branch)
-        kept = self.session.slots.get(key)
-        compared = kept.steps if kept is not None else (None,) * self.rows
-        observation = Observation(sums, self.step, compared)
-        rows = self.session.signals.setdefault((key[0], signal), [None] * self.rows)
-        for row, counts in enumerate(self._writing):
-            if counts:
-                rows[row] = observation
+        reference, seen = self.layout.slots[slot], Sums(sums, len(self.rows))
+        for i, row in self._written():
+            before = row.session.written(reference, row.branch, row.sample)
+            branch, sample, _ = reference.key(row.branch, row.sample)
+            row.session.signals[branch, sample, signal] = Observation(seen, i, row.step, before)
 
-    def _measures(self, row: int) -> dict[str, Measure]:
+    def _measures(self, row: Row) -> dict[str, Measure]:
         """Signals of this row; those of all branches together where they decide together."""
         found: dict[str, Measure] = {}
-        for (branch, name), rows in self.session.signals.items():
-            observation = rows[row]
-            if observation is None:
+        for (branch, sample, name), observation in row.session.signals.items():
+            if sample != row.sample:
                 continue
-            if branch not in (None, self.branch) and not self.policy.trigger.shared_by_branches:
+            if branch not in (None, row.branch) and not self.policy.trigger.shared_by_branches:
                 continue
-            measure = observation.row(row)
-            if observation.compared[row] is not None and math.isnan(measure.rel):
-                self.session.note(
+            measure = observation.measure()
+            if observation.before is not None and math.isnan(measure.rel):
+                row.session.note(
                     f"signal {name!r} was NaN, infinite or zero: no evidence for reuse"
                 )
             other = found.get(name)
@@ -164,142 +188,174 @@ class Frame:
 
     def decide(self) -> None:
         """See `ir.ops.decide`."""
-        session, policy = self.session, self.policy
-        if policy.trigger.needs_num_steps and session.num_steps is None:
+        trigger = self.policy.trigger
+        if trigger.needs_num_steps and any(r.session.num_steps is None for r in self.rows):
             raise PolicyError(
-                f"policy {policy.name!r} needs the number of steps of the request, which nothing "
-                "here tells: call the model inside cachepass.session(model, "
+                f"policy {self.policy.name!r} needs the number of steps of the request, which "
+                "nothing here tells: call the model inside cachepass.session(model, "
                 "num_inference_steps=N), or compile the whole diffusers pipeline"
             )
-        if policy.needs_timestep and self._time is not None:
-            times = self._time.flatten().tolist()
+        if self.policy.needs_timestep and self.around.time is not None:
+            self._tell_timesteps(self.around.time)
+        # The first of a sample first: where branches decide together, it decides.
+        for row in sorted(self.rows, key=lambda row: not row.first):
+            taken, not_here = set(), set()
+            for name in self._choose(row):
+                site, session = self._site(name), row.session
+                if session.is_warm(site, self.layout, row.branch, row.sample, row.before):
+                    taken.add(name)
+                elif isinstance(site, Cfg) and row.branch != "uncond":
+                    not_here.add(name)
+            row.reused = frozenset(taken)
+            row.full = not (taken or not_here)
+
+    def _tell_timesteps(self, time: Tensor) -> None:
+        times = batch.times(time, len(self.rows))
+        for row, now in zip(self.rows, times, strict=True):
+            session = row.session
             if not session.timesteps:  # some models are given 1 to 0
                 session.time_scale = 1000.0 if max(times) <= 1 else 1.0
-            session.timesteps[self.step] = [
-                session.time_scale * times[min(row, len(times) - 1)] for row in range(self.rows)
-            ]
-        shared = session.shared_choice
-        if policy.trigger.shared_by_branches and shared is not None and shared[0] == self.step:
-            choices = shared[1]
-        else:
-            choices = [self._choose(row) for row in range(self.rows)]
-            session.shared_choice = (self.step, choices)
-        for row, choice in enumerate(choices):
-            taken, not_here = set(), set()
-            for name in choice:
-                site = self._site(name)
-                if session.is_warm(site, self.layout, self.branch, row):
-                    taken.add(name)
-                elif isinstance(site, Cfg) and self.branch != "uncond":
-                    not_here.add(name)
-            self.reused[row] = frozenset(taken)
-            self.full[row] = not (taken or not_here)
+            row.time = session.time_scale * now
+            session.timesteps.setdefault(row.sample, {})[row.step] = row.time
 
     def _site(self, name: str) -> Site:
-        if name not in self.sites:
+        if name not in self.around.sites:
             raise PolicyError(
                 f"policy {self.policy.name!r} reuses site {name!r}, which it does not declare: "
-                f"its sites are {', '.join(self.sites) or 'none'}"
+                f"its sites are {', '.join(self.around.sites) or 'none'}"
             )
-        return self.sites[name]
+        return self.around.sites[name]
 
-    def _choose(self, row: int) -> frozenset[str]:
-        session, policy = self.session, self.policy
-        shared = policy.trigger.shared_by_branches
+    def _choose(self, row: Row) -> frozenset[str]:
+        session, policy, shared = row.session, self.policy, self.policy.trigger.shared_by_branches
+        step, choice = session.chosen.get(row.sample, (-1, COMPUTE))
+        if shared and step == row.step:
+            return choice
+        where = (self.layout, row.sample, row.before)
         warm = frozenset(
             site.name
-            for site in self.sites.values()
+            for site in self.around.sites.values()
             if (
-                session.could_reuse(site, self.layout, row)
+                session.could_reuse(site, *where)
                 if shared
-                else session.is_warm(site, self.layout, self.branch, row)
+                else session.is_warm(site, self.layout, row.branch, row.sample, row.before)
             )
         )
-        times = session.timesteps.get(self.step)
         facts = Facts(
-            self.step, session.num_steps, self.branch, warm, self._measures(row),
-            frozenset(self.sites), times[row] if times is not None else math.nan,
+            row.step, session.num_steps, row.branch, warm, self._measures(row),
+            frozenset(self.around.sites), row.time,
         )  # fmt: skip
-        key = (None if shared else self.branch, row)
+        key = (None if shared else row.branch, row.sample)
         choice, session.states[key] = policy.decide(facts, session.states.get(key))
+        session.chosen[row.sample] = row.step, choice
         return choice
 
     # ----------------------------------------------------------------- control flow
 
-    def select(self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...]) -> Any:
+    def select(
+        self, site: str, compute: Arm, reuse: Arm, operands: tuple[Any, ...], carried: Carried
+    ) -> Any:
         """See `ir.ops.conditional`."""
-        wants = [site in self.reused[r] for r in range(self.rows) if self._active[r]]
-        if not any(wants):
+        reusing = [site in row.reused for row in self.rows]
+        wanted = [reuses for reuses, live in zip(reusing, self._live, strict=True) if live]
+        if not any(wanted):
             return compute(self, *operands)
-        if isinstance(self.sites[site], Cfg):
-            self.session.skipped_uncond_at = self.step
-            if "cond" not in self.session.branches_in_step:
-                assert self._call_cond is not None  # else the site was not warm
-                self._call_cond(self)
-        if all(wants):
+        if isinstance(self._site(site), Cfg):
+            self._skip_uncond(reusing)
+        if all(wanted):
             return reuse(self, *operands)
-        outer = self._active
-        self._active = [a and site not in self.reused[r] for r, a in enumerate(outer)]
-        computed = compute(self, *operands)
-        self._active = outer
-        kept = reuse(self, *operands)
-        rows = [site in names for names in self.reused]
-        return tuple(
-            torch.where(_mask(rows, new), old, new) for new, old in zip(computed, kept, strict=True)
+        groups = [[i for i, r in enumerate(reusing) if r is takes] for takes in (False, True)]
+        apart = all(self._live) and all(self.around.takes(len(group)) for group in groups)
+        if carried is None or not apart:
+            return self._both(reusing, compute, reuse, operands)
+        given, returned = carried
+        made = [
+            (group, arm(self._of(group), *batch.gather(operands, given, group, len(self.rows))))
+            for arm, group in zip((compute, reuse), groups, strict=True)
+        ]
+        return batch.scatter(made, returned, len(self.rows))
+
+    def _of(self, chosen: Sequence[int]) -> Frame:
+        """A frame of some of the rows."""
+        return Frame([self.rows[i] for i in chosen], self.around, self._root)
+
+    def _both(
+        self, reusing: Sequence[bool], compute: Arm, reuse: Arm, operands: tuple[Any, ...]
+    ) -> Any:
+        """Both arms for all rows, where these cannot be told apart in all operands."""
+        self._root.apart = False
+        sides = [
+            [live and reuses is takes for live, reuses in zip(self._live, reusing, strict=True)]
+            for takes in (False, True)
+        ]
+        computed, kept = (
+            arm(Frame(self.rows, self.around, self._root, live), *operands)
+            for arm, live in zip((compute, reuse), sides, strict=True)
         )
+        return tuple(
+            torch.where(batch.mask(reusing, new), old, new)
+            for new, old in zip(computed, kept, strict=True)
+        )
+
+    def _skip_uncond(self, reusing: Sequence[bool]) -> None:
+        """See to it that this step's conditional outputs are there."""
+        skipping = [row for row, reuses in zip(self.rows, reusing, strict=True) if reuses]
+        for row in skipping:
+            row.session.skipped_uncond_at[row.sample] = row.step
+        if any("cond" not in row.before for row in skipping):
+            assert self.around.call_cond is not None  # else the site was not warm
+            self.around.call_cond(self._root)
+            for row in self._root.rows:
+                row.before = (*row.before, "cond")
 
     def guard(self, when: When, arm: Arm, operands: tuple[Any, ...]) -> None:
         """See `ir.ops.guard`."""
+        live = [
+            live and self._runs(when, row) for live, row in zip(self._live, self.rows, strict=True)
+        ]
+        if any(live):
+            arm(Frame(self.rows, self.around, self._root, live), *operands)
+
+    def _runs(self, when: When, row: Row) -> bool:
         # Independent sites refresh what computes, wherever else something is reused.
-        refreshed = self._active if self.policy.trigger.independent else self.full
-        if when is When.FIRST_CALL:
-            runs = self.first_call
-        elif when is When.COND:
-            runs = self.branch == "cond"
-        elif when is When.UNCOND_FIRST:
-            runs = self.branch == "uncond" and "cond" not in self.session.branches_in_step
-        else:
-            runs = any(refreshed)
-            there = self.session.branches_in_step
-            if when is When.UNCOND_FULL:
-                runs = runs and self.branch == "uncond" and "cond" in there
-            elif when is When.COND_FULL:
-                skipped = self.session.skipped_uncond_at == self.step
-                runs = runs and self.branch == "cond" and "uncond" in there and not skipped
-            elif when is When.FIRST_FULL:
-                runs = runs and self.first_call
-        if not runs:
-            return
-        if when not in (When.FIRST_CALL, When.COND, When.UNCOND_FIRST):
-            self._writing = refreshed
-        arm(self, *operands)
-        self._writing = [True] * self.rows
+        full = row.full or self.policy.trigger.independent
+        match when:
+            case When.FULL:
+                return full
+            case When.FIRST_CALL:
+                return row.first
+            case When.FIRST_FULL:
+                return full and row.first
+            case When.COND:
+                return row.branch == "cond"
+            case When.UNCOND_FIRST:
+                return row.branch == "uncond" and "cond" not in row.before
+            case When.UNCOND_FULL:
+                return full and row.branch == "uncond" and "cond" in row.before
+            case When.COND_FULL:
+                skipped = row.session.skipped_uncond_at.get(row.sample) == row.step
+                return full and row.branch == "cond" and "uncond" in row.before and not skipped
 
     # ----------------------------------------------------------------------- report
 
-    def record(self) -> CallRecord:
-        """What this call did."""
-        blocks = self.layout.blocks
-        # Blocks run for the whole batch: a block is saved when no row needed it.
-        common = frozenset.intersection(
-            *(
-                frozenset().union(*(self.layout.coverage[name] for name in names))
-                for names in self.reused
+    def record(self) -> list[tuple[Session, CallRecord]]:
+        """What this call did, for each session and branch in it."""
+        blocks, coverage = self.layout.blocks, self.layout.coverage
+        of: dict[tuple[Session, str], list[Row]] = collections.defaultdict(list)
+        for row in self.rows:
+            of[row.session, row.branch].append(row)
+        skipped = {
+            id(row): frozenset().union(*(coverage[name] for name in row.reused))
+            for row in self.rows
+        }
+        # Computed together, a block is saved when no row needed it.
+        common = len(frozenset.intersection(*skipped.values()))
+        found = []
+        for (session, branch), mine in of.items():
+            alone = sum(len(skipped[id(row)]) for row in mine) / len(mine)
+            saved = alone if self.apart else common
+            reused = tuple(row.reused for row in mine)
+            found.append(
+                (session, CallRecord(mine[0].step, branch, reused, blocks - saved, blocks))
             )
-        )
-        return CallRecord(self.step, self.branch, tuple(self.reused), blocks - len(common), blocks)
-
-
-def _mask(rows: Sequence[bool], value: Tensor) -> Tensor:
-    """A per-row condition that broadcasts against a value with rows in front.
-
-    A model may fold another axis into the rows (frames): each row then stands for several.
-    """
-    size = value.shape[0] if value.ndim else 0
-    if not size or size % len(rows):
-        raise SessionError(
-            f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
-            f"dimension of {len(rows)} rows in front to select along"
-        )
-    mask = torch.tensor(rows, dtype=torch.bool, device=value.device)
-    return mask.repeat_interleave(size // len(rows)).view(-1, *(1,) * (value.ndim - 1))
+        return found

@@ -14,16 +14,20 @@ from torch import Tensor
 
 from cachepass.errors import SessionError
 from cachepass.ir.boundary import Cfg, Layout, Site, Slot
+from cachepass.runtime.clock import Clock
 from cachepass.runtime.policy import UNMEASURED, Measure
 
+Key = tuple[str | None, int, str]
+"""Branch (None: of all), sample and name of something that is kept."""
 
-@dataclasses.dataclass(slots=True)
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Kept:
-    """The content of a slot."""
+    """What a slot holds for one row."""
 
     value: Tensor
-    steps: tuple[int | None, ...]
-    """Per row, the step whose value it holds; None where it holds nothing to reuse."""
+    step: int
+    """The step whose value it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,11 +60,12 @@ class History:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Location:
-    """An explicit answer to: which session, step and branch?"""
+    """An explicit answer to: which session, step, branch and sample?"""
 
     session: Session
     step: int | None = None
     branch: str | None = None
+    sample: int = 0
 
 
 ENTERED: contextvars.ContextVar[tuple[Location, ...]] = contextvars.ContextVar(
@@ -79,27 +84,35 @@ class Session:
             raise SessionError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
         self.owner = owner
         self.num_steps = num_inference_steps
-        self.slots: dict[tuple[str | None, str], Kept] = {}
-        self.signals: dict[tuple[str | None, str], list[Observation | None]] = {}
+        self.slots: dict[Key, Kept] = {}
+        self.signals: dict[Key, Observation] = {}
         """The last observation of each row."""
         self.tensors: dict[tuple[str | None, str], Tensor] = {}
         """All state of a program that decides itself (`lowering.graph`), in place of the above."""
         self.states: dict[tuple[str | None, int], Any] = {}
-        self.timesteps: dict[int, list[float]] = {}
-        """Of each step so far, per row; kept for policies that look at them."""
+        self.timesteps: dict[int, dict[int, float]] = {}
+        """Of each sample, those of its steps so far; kept for policies that look at them."""
         self.time_scale = 1.0
-        self.shared_choice: tuple[int, list[frozenset[str]]] | None = None
+        self.chosen: dict[int, tuple[int, frozenset[str]]] = {}
+        """Of each sample, where branches decide together: a step, and what was chosen for it."""
         self.conditional: tuple[Tensor, ...] | None = None
         """What told the last conditional call from the unconditional one: its text."""
         self.ahead: Ahead | None = None
-        self.skipped_uncond_at = -1
-        """The last step at which some row's unconditional output was made up."""
+        self.skipped_uncond_at: dict[int, int] = {}
+        """Of each sample, the last step at which its unconditional output was made up."""
 
         self.signature: object = None
+        self.called_as: dict[str, object] = {}
+        """Of each branch: what computes it, and for which shapes of text."""
         self.weights: object = None
         self.step = -1
         self.branches_in_step: list[str] = []
         self.branches: list[str] = []
+        self._called: set[tuple[str, int]] = set()
+        """(branch, sample) in this step."""
+        self.upcoming = 0
+        """The step that the next `cachepass.rows` belongs to."""
+
         self.history = History(num_inference_steps)
         self.clock = Clock()
         self._locations: list[Location] = []
@@ -110,7 +123,7 @@ class Session:
     # ------------------------------------------------------------------ user's side
 
     def __enter__(self) -> Session:
-        self._locations.append(self._enter(Location(self)))
+        self._locations.append(self.enter(Location(self)))
         return self
 
     def __exit__(
@@ -119,21 +132,36 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave(self._locations.pop())
+        self.leave(self._locations.pop())
 
     @contextlib.contextmanager
     def at(self, *, step: int, branch: str = "cond") -> Iterator[Session]:
         """Say which step (from 0) and branch the calls inside belong to."""
-        if step < 0 or (self.num_steps is not None and step >= self.num_steps):
-            rule = "at least 0" if self.num_steps is None else f"from 0 to {self.num_steps - 1}"
-            raise SessionError(f"`step`={step}: must be {rule}")
-        location = self._enter(Location(self, step, branch))
+        location = self.enter(self.row(step=step, branch=branch))
         try:
             yield self
         finally:
-            self._leave(location)
+            self.leave(location)
 
-    def _enter(self, location: Location) -> Location:
+    def row(
+        self, *, branch: str | None = None, sample: int = 0, step: int | None = None
+    ) -> Location:
+        """A row of this request, for `cachepass.rows`.
+
+        Args:
+            branch: its place in guidance; what `cache_context` says of the call if None.
+            sample: which of the request's samples, from 0.
+            step: from 0; the one after the last step that ended if None.
+        """
+        if step is not None and (
+            step < 0 or (self.num_steps is not None and step >= self.num_steps)
+        ):
+            rule = "at least 0" if self.num_steps is None else f"from 0 to {self.num_steps - 1}"
+            raise SessionError(f"`step`={step}: must be {rule}")
+        return Location(self, step, branch, sample)
+
+    def enter(self, location: Location) -> Location:
+        """Let calls belong here until `leave`."""
         me = threading.get_ident()
         with self._lock:
             if self._depth and self._thread != me:
@@ -145,7 +173,8 @@ class Session:
         ENTERED.set((*ENTERED.get(), location))
         return location
 
-    def _leave(self, location: Location) -> None:
+    def leave(self, location: Location) -> None:
+        """Undo `enter`."""
         # By identity: generators may leave in another order than they entered.
         ENTERED.set(tuple(other for other in ENTERED.get() if other is not location))
         with self._lock:
@@ -153,28 +182,39 @@ class Session:
 
     # --------------------------------------------------------------- runtime's side
 
-    def begin(self, step: int, branch: str, signature: object) -> bool:
-        """Enter a call; returns whether it is the first of its step."""
-        if self.signature != signature:
-            if self.signature is not None:
-                self.note("shapes, dtype, device or weights changed: caches dropped")
-            self.drop()
-            self.signature = signature
+    def begin(
+        self,
+        step: int,
+        rows: Sequence[tuple[str, int]],
+        signature: object,
+        called_as: dict[str, object],
+    ) -> list[tuple[str, ...]]:
+        """Enter a call with rows (branch, sample); returns, for each, the branches before it."""
+        known = self.called_as
+        changed = any(known.get(how, what) != what for how, what in called_as.items())
+        if self.signature not in (None, signature) or changed:
+            self._drop_since("shapes, dtype, device or weights changed")
+        elif step < self.step:
+            self._drop_since(f"step {step} follows step {self.step}")
         if step != self.step:
-            if step < self.step:
-                self.note(f"step {step} follows step {self.step}: caches dropped")
-                self.drop()
-                self.signature = signature
-            self.step, self.branches_in_step = step, []
-        elif branch in self.branches_in_step:
-            self.note(f"branch {branch!r} was called twice in step {step}: caches dropped")
-            self.drop()
-            self.signature, self.step = signature, step
-        first = not self.branches_in_step
-        self.branches_in_step.append(branch)
-        if branch not in self.branches:
-            self.branches.append(branch)
-        return first
+            self.step, self.branches_in_step, self._called = step, [], set()
+        elif twice := self._called & set(rows):
+            self._drop_since(f"branch {min(twice)[0]!r} was called twice in step {step}")
+            self.step = step
+        self.signature = signature
+        self.called_as |= called_as
+        branches = tuple(self.branches_in_step)
+        before = [tuple(b for b in branches if (b, sample) in self._called) for _, sample in rows]
+        self._called.update(rows)
+        for branch, _ in rows:
+            for seen in (self.branches_in_step, self.branches):
+                if branch not in seen:
+                    seen.append(branch)
+        return before
+
+    def _drop_since(self, why: str) -> None:
+        self.note(f"{why}: caches dropped")
+        self.drop()
 
     def drop(self) -> None:
         """Forget all that was cached and decided; the history stays."""
@@ -183,10 +223,11 @@ class Session:
         self.tensors.clear()
         self.states.clear()
         self.timesteps.clear()
-        self.skipped_uncond_at = -1
-        self.shared_choice = self.conditional = self.ahead = None
-        self.signature = None
-        self.step, self.branches_in_step, self.branches = -1, [], []
+        self.chosen.clear()
+        self.called_as.clear()
+        self.skipped_uncond_at.clear()
+        self.conditional = self.ahead = self.signature = None
+        self.step, self.branches_in_step, self.branches, self._called = -1, [], [], set()
 
     def note(self, text: str) -> None:
         """Remember something the report should say, once."""
@@ -199,35 +240,34 @@ class Session:
         if not all(call.reused):  # a row that computed filled slots
             self.history.peak_bytes = max(self.history.peak_bytes, self.cache_bytes)
 
-    def is_warm(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
-        """Whether a call of a branch could reuse a site for a row now."""
-        if isinstance(site, Cfg) and (branch != "uncond" or not self._knows_cond()):
-            return False
-        return self._holds(site, layout, branch, row)
-
-    def _knows_cond(self) -> bool:
-        """Whether this step's conditional output is there, or can be had before its call."""
-        return "cond" in self.branches_in_step or self.conditional is not None
-
-    def could_reuse(self, site: Site, layout: Layout, row: int) -> bool:
+    def could_reuse(self, site: Site, layout: Layout, sample: int, before: Sequence[str]) -> bool:
         """Whether a decision for the whole step may name the site."""
         if isinstance(site, Cfg):
             cond_first = not self.branches or self.branches[0] == "cond"
             known = cond_first or self.conditional is not None
-            return known and self._holds(site, layout, "uncond", row)
-        return all(self.is_warm(site, layout, branch, row) for branch in self.branches)
+            return known and self._holds(site, layout, "uncond", sample)
+        return all(self.is_warm(site, layout, b, sample, before) for b in self.branches)
 
-    def _holds(self, site: Site, layout: Layout, branch: str, row: int) -> bool:
+    def is_warm(
+        self, site: Site, layout: Layout, branch: str, sample: int, before: Sequence[str]
+    ) -> bool:
+        """Whether a row of a call could reuse a site, given the branches called before it."""
+        if isinstance(site, Cfg):
+            # The conditional output of the step is there, or can be had before its call.
+            known = "cond" in before or self.conditional is not None
+            if branch != "uncond" or not known:
+                return False
+        return self._holds(site, layout, branch, sample)
+
+    def _holds(self, site: Site, layout: Layout, branch: str, sample: int) -> bool:
         """Whether what a site keeps from step to step is there for a row."""
         lasting = layout.lasting(site.name)
-        return bool(lasting) and all(
-            self.written(slot, branch, row) is not None for slot in lasting
-        )
+        return bool(lasting) and all(slot.key(branch, sample) in self.slots for slot in lasting)
 
-    def written(self, slot: Slot, branch: str, row: int) -> int | None:
+    def written(self, slot: Slot, branch: str, sample: int) -> int | None:
         """The step whose value a slot holds for a row."""
-        kept = self.slots.get(slot.key(branch))
-        return kept.steps[row] if kept is not None else None
+        kept = self.slots.get(slot.key(branch, sample))
+        return kept.step if kept is not None else None
 
     @property
     def all_branches_called(self) -> bool:
@@ -251,78 +291,41 @@ class Ahead:
     record: CallRecord
 
 
-@dataclasses.dataclass(slots=True)
+class Sums:
+    """The sums of a signal for all rows of a call; read to the host only when a rule asks.
+
+    One row of sums serves all where the value carries no rows (an embedding of one timestep);
+    where a model folds another axis into the rows (frames), those of a row are added up.
+    """
+
+    def __init__(self, sums: Tensor, rows: int) -> None:
+        self._sums: Tensor | list[list[float]] = sums
+        self._rows = rows
+
+    def row(self, index: int) -> tuple[float, ...]:
+        """The sums of one row."""
+        if isinstance(self._sums, Tensor):
+            self._sums = self._sums.tolist()
+        share = max(len(self._sums) // self._rows, 1)
+        own = self._sums[index * share : (index + 1) * share] or self._sums
+        return tuple(sum(column) for column in zip(*own, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Observation:
-    """Sums of a signal; read to the host only when a rule asks."""
+    """A signal of one row."""
 
-    sums: Tensor | list[list[float]]
+    sums: Sums
+    index: int
+    """Of the row in the call that measured it."""
     step: int
-    compared: tuple[int | None, ...]
-    """Per row, the step of the value it was compared with; None where there was none."""
+    before: int | None
+    """The step of the value it was compared with; None where there was none."""
 
-    def row(self, index: int) -> Measure:
-        """The measure of one row.
-
-        One row of sums serves all (an embedding of one timestep); where a model folds another
-        axis into the rows (frames), those of a row are added up.
-        """
-        if isinstance(self.sums, Tensor):
-            self.sums = self.sums.tolist()
-        before = self.compared[index]
-        if before is None:
+    def measure(self) -> Measure:
+        """What a rule is told of it."""
+        if self.before is None:
             return dataclasses.replace(UNMEASURED, step=self.step)
-        share = max(len(self.sums) // len(self.compared), 1)
-        own = self.sums[index * share : (index + 1) * share] or self.sums
-        diff, ref, *moves = (sum(column) for column in zip(*own, strict=True))
+        diff, ref, *moves = self.sums.row(self.index)
         second = moves[0] / moves[1] if moves and moves[1] > 0 else None
-        return Measure(diff, ref, self.step, max(self.step - before, 1), second)
-
-
-class Clock:
-    """Steps and branches read off the calls alone, where nothing better is known.
-
-    A timestep that differs from the one before starts a step; one that turns back starts a
-    request. Within a step, calls with other conditioning are other branches, named by their
-    order; the same conditioning again at the same timestep is a further step (Heun).
-    """
-
-    def __init__(self) -> None:
-        self.step = -1
-        self._time: float | None = None
-        self._direction = 0.0
-        self._seen: list[object] = []
-
-    def tick(self, time: float, conditioning: object) -> tuple[int, str, bool]:
-        """(step, branch, whether a new request started) of a call.
-
-        `conditioning` is kept until the timestep changes and compared by ``==``.
-        """
-        restarted = False
-        if self._time is None or time != self._time:
-            move = 0.0 if self._time is None else time - self._time
-            if self._direction and move * self._direction < 0:
-                self.__init__()  # type: ignore[misc]
-                restarted = True
-            elif move:
-                self._direction = move
-            self.step, self._time, self._seen = self.step + 1, time, []
-        elif conditioning in self._seen:
-            self.step, self._seen = self.step + 1, []
-        self._seen.append(conditioning)
-        return self.step, f"call{len(self._seen) - 1}", restarted
-
-
-class Conditioning:
-    """The tensors that tell the branches of a step apart, equal if they are the same memory.
-
-    Holds them: an address that is free again could belong to another branch's.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tuple(tensors)
-        self._key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Conditioning) and self._key == other._key
-
-    __hash__ = None  # type: ignore[assignment]
+        return Measure(diff, ref, self.step, max(self.step - self.before, 1), second)

@@ -42,7 +42,7 @@ class Draft:
     def conditional(self, compute: fx.GraphModule, reuse: fx.GraphModule) -> fx.Node:
         self.modules |= {"compute": compute, "reuse": reuse}
         arms = self.graph.get_attr("compute"), self.graph.get_attr("reuse")
-        return self.call(ops.conditional, self.frame, "site", *arms, (self.x,))
+        return self.call(ops.conditional, self.frame, "site", *arms, (self.x,), None)
 
     def module(self, result: Any = None) -> fx.GraphModule:
         self.graph.output(self.x if result is None else result)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import cachepass
+from cachepass.runtime.program import Driver
 from tests.models import WAN, as_tensor
 from tests.requests import caller, decisions, denoise, notes, plain, run
 
@@ -140,7 +141,7 @@ def test_an_exception_drops_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        patch.setattr(program, "_driver", lambda args: fail)
+        patch.setattr(program, "_driver", lambda args: Driver(fail, lambda rows: True))
         with pytest.raises(RuntimeError, match="out of memory"):
             call(1, "cond", *tensors)
     assert session.cache_bytes == 0

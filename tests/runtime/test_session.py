@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cachepass
-from cachepass.runtime.session import Clock
+from cachepass.runtime.clock import Clock
 from tests.models import TOY, WAN, as_tensor
 from tests.requests import BOTH, caller, decisions, denoise, notes, plain
 

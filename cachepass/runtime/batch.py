@@ -1,0 +1,106 @@
+"""Rows in tensors: take them apart, gather some, put them back together.
+
+A tensor carries rows along one dimension (`ir.rows` finds it). Its size there is a multiple of
+the number of rows where a model folds another axis into them (frames): a row is then that many
+neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachepass.errors import SessionError
+from cachepass.ir.boundary import Slot
+from cachepass.ir.ops import COUNT
+
+
+def shape_of_one(shape: torch.Size, dim: int | None, rows: int) -> torch.Size:
+    """The shape of one row's part."""
+    if dim is None:
+        return shape
+    return torch.Size(size // rows if i == dim else size for i, size in enumerate(shape))
+
+
+def part(value: Tensor, dim: int | None, row: int, rows: int) -> Tensor:
+    """What belongs to one row, in memory of its own where there are several."""
+    if dim is None or rows == 1:
+        return value
+    share = value.shape[dim] // rows
+    return value.narrow(dim, row * share, share).clone(memory_format=torch.contiguous_format)
+
+
+def join(parts: Sequence[Tensor], slot: Slot) -> Tensor:
+    """The parts of all rows of a slot as one tensor."""
+    if len(parts) == 1 or slot.rows is None:
+        return parts[0]
+    kinds = {(p.dtype, p.shape) for p in parts}
+    if len(kinds) > 1:
+        shown = " and ".join(sorted(f"{dtype} {tuple(shape)}" for dtype, shape in kinds))
+        raise SessionError(f"slot {slot.name!r} holds {shown}: rows of one call have to be alike")
+    return torch.cat(list(parts), slot.rows)
+
+
+def times(time: Tensor, rows: int) -> list[float]:
+    """The timestep of each row; the latest of its tokens where each of them has one."""
+    numbers: Tensor = time.detach().flatten().double()
+    if len(numbers) % rows == 0:
+        numbers = numbers.view(rows, -1).amax(1)
+    return numbers[:1].expand(rows).tolist() if len(numbers) != rows else numbers.tolist()
+
+
+def gather(
+    operands: Sequence[Any], dims: Sequence[int | str | None], chosen: Sequence[int], rows: int
+) -> list[Any]:
+    """Operands as they are for some of the rows."""
+    taken = []
+    for operand, dim in zip(operands, dims, strict=True):
+        if dim is None:
+            taken.append(operand)
+        elif dim == COUNT:
+            taken.append(operand // rows * len(chosen))
+        else:
+            assert isinstance(dim, int)
+            taken.append(operand.index_select(dim, _indices(chosen, operand, dim, rows)))
+    return taken
+
+
+def scatter(
+    made: Sequence[tuple[Sequence[int], Sequence[Tensor]]], dims: Sequence[int | None], rows: int
+) -> tuple[Tensor, ...]:
+    """Results of several groups of rows as those of all rows, in order."""
+    results = []
+    for place, dim in enumerate(dims):
+        values = [(chosen, values[place]) for chosen, values in made]
+        first_chosen, first = values[0]
+        if dim is None:
+            results.append(first)
+            continue
+        shape = list(first.shape)
+        shape[dim] = first.shape[dim] // len(first_chosen) * rows
+        whole = first.new_empty(shape)
+        for chosen, value in values:
+            whole.index_copy_(dim, _indices(chosen, whole, dim, rows), value)
+        results.append(whole)
+    return tuple(results)
+
+
+def _indices(chosen: Sequence[int], whole: Tensor, dim: int, rows: int) -> Tensor:
+    share = whole.shape[dim] // rows
+    indices = [row * share + i for row in chosen for i in range(share)]
+    return torch.tensor(indices, device=whole.device)
+
+
+def mask(rows: Sequence[bool], value: Tensor) -> Tensor:
+    """A per-row condition that broadcasts against a value with rows in front."""
+    size = value.shape[0] if value.ndim else 0
+    if not size or size % len(rows):
+        raise SessionError(
+            f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
+            f"dimension of {len(rows)} rows in front to select along"
+        )
+    chosen = torch.tensor(rows, dtype=torch.bool, device=value.device)
+    return chosen.repeat_interleave(size // len(rows)).view(-1, *(1,) * (value.ndim - 1))

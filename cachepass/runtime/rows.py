@@ -1,0 +1,98 @@
+"""Rows of several requests in one call: continuous batching."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+from collections.abc import Sequence
+from types import TracebackType
+
+from cachepass.errors import SessionError
+from cachepass.runtime.session import Location, Session
+
+
+class Rows:
+    """Says whose each row of the calls inside is. Made by `cachepass.rows`."""
+
+    def __init__(self, owner: object, rows: Sequence[Session | Location]) -> None:
+        self.owner = owner
+        self._listed = [Location(row) if isinstance(row, Session) else row for row in rows]
+        self._entered: list[Location] = []
+        self._places: list[Location] = []
+        self._token: contextvars.Token[Rows | None] | None = None
+        if not rows:
+            raise SessionError("`rows` is empty: a call has at least one row")
+        seen: set[tuple[Session, str | None, int]] = set()
+        for i, row in enumerate(self._listed):
+            if row.session.owner is not owner:
+                raise SessionError(
+                    f"`rows`[{i}] is a session of another model: make it with "
+                    "cachepass.session(model)"
+                )
+            key = (row.session, row.branch, row.sample)
+            if key in seen:
+                raise SessionError(
+                    f"`rows`[{i}] is there twice: one session, branch {row.branch!r} and sample "
+                    f"{row.sample}. Name further rows of a request with session.row(sample=...) or "
+                    "session.row(branch=...)"
+                )
+            seen.add(key)
+
+    def __enter__(self) -> Rows:
+        for session in dict.fromkeys(row.session for row in self._listed):
+            try:
+                self._entered.append(session.enter(Location(session)))
+            except SessionError:
+                self._leave()
+                raise
+        self._places = [
+            row if row.step is not None else dataclasses.replace(row, step=row.session.upcoming)
+            for row in self._listed
+        ]
+        self._token = ROWS.set(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._token is not None
+        ROWS.reset(self._token)
+        if kind is None:
+            for row in self._places:
+                assert row.step is not None
+                row.session.upcoming = row.step + 1
+        self._leave()
+
+    def _leave(self) -> None:
+        for location in self._entered:
+            location.session.leave(location)
+        self._entered = []
+
+    def places(self, count: int, branch: str | None) -> list[Location]:
+        """Whose the rows of a call are.
+
+        Args:
+            count: rows of the call.
+            branch: of rows that name none; by the order of a step's calls if None.
+        """
+        if count != len(self._places):
+            raise SessionError(
+                f"the call has {count} rows, and cachepass.rows lists {len(self._places)}: each "
+                "row belongs to a session"
+            )
+        return [
+            row if row.branch is not None
+            else dataclasses.replace(row, branch=branch or _by_order(row))
+            for row in self._places
+        ]  # fmt: skip
+
+
+def _by_order(row: Location) -> str:
+    session = row.session
+    return f"call{len(session.branches_in_step) if row.step == session.step else 0}"
+
+
+ROWS: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("cachepass_rows", default=None)

@@ -1,0 +1,79 @@
+"""Find out which inputs carry the rows of the batch. Analysis only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from cachepass.ir.boundary import layout_of
+from cachepass.ir.graph import value_of
+from cachepass.ir.rows import symbols_in
+from cachepass.pass_manager import PassResult
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkRows:
+    """Write into the layout which symbols count rows.
+
+    1. The batch was captured with a symbol for its size (`compile` asks for that where there are
+       several rows): the first dimension of the latent. What the model adds or multiplies with
+       the latent has come to share the symbol.
+    2. An input may have a symbol of its own, because it only ever broadcasts (a mask). It counts
+       rows if the call fails when the others have a row more than it has.
+    3. Without a symbol (one row, or a model that fixes its batch) nothing is written.
+    """
+
+    name: str = "mark-rows"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        layout = layout_of(gm)
+        assert layout.latent is not None
+        size: Any = value_of(layout.latent).shape[0]
+        layout.batch = size if isinstance(size, int) else int(size.node.hint)
+        own = symbols_in(size)
+        if not own:
+            return PassResult(gm, modified=False)
+        others = frozenset(
+            symbol
+            for node in layout.inputs.values()
+            for other in value_of(node).shape[:1]
+            if isinstance(other, torch.SymInt) and other.node.hint == layout.batch
+            for symbol in symbols_in(other)
+        )
+        layout.row_symbols = own
+        if others - own and not _runs(gm, own):
+            layout.row_symbols = own | others
+        return PassResult(gm, modified=False)
+
+
+def _runs(gm: fx.GraphModule, growing: frozenset[Any]) -> bool:
+    """Whether the call goes through where these symbols are one more than they were."""
+    mode = FakeTensorMode()
+
+    def number(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        environment = size.node.shape_env
+        hints = {s: environment.backed_var_to_val[s] for s in size.node.expr.free_symbols}
+        grown = {s: hint + (s in growing) for s, hint in hints.items()}
+        return int(size.node.expr.subs(grown))
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return number(value)
+        shape, stride = map(number, value.shape), map(number, value.stride())
+        return torch.empty_strided(
+            tuple(shape), tuple(stride), dtype=value.dtype, device=value.device
+        )
+
+    inputs = gm.graph.find_nodes(op="placeholder")
+    try:
+        with mode, torch.no_grad():
+            gm(*(fake(n.meta.get("example_value")) for n in inputs))
+    except RuntimeError:  # shapes that do not fit
+        return False
+    return True

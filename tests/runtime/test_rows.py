@@ -1,0 +1,324 @@
+"""Rows of several requests in one call: each does what it does alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+
+import cachepass
+from tests.graphs import examples
+from tests.models import TINY, TOY, WAN, as_tensor, distance
+from tests.requests import BOTH, caller, decisions, notes, run
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
+
+POLICIES: list[cachepass.NamedPolicy] = [
+    cachepass.Compute(),
+    cachepass.Schedule(reuse={1: "step", 3: "cfg", 4: "stack", 5: "attention"}),
+    cachepass.MixCache(trigger=9.0, influence=(0.3, 1.0, 1.0), warmup=0.0),
+    cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1)), motion=False),
+    cachepass.FirstBlock(threshold=0.105, warmup_steps=0),
+    cachepass.TeaCache(threshold=0.2, warmup_steps=1),
+    cachepass.DBCache(threshold=0.2, front=1, warmup_steps=1),
+    cachepass.TaylorSeer(interval=2, warmup_steps=1),
+    cachepass.PAB(),
+    cachepass.FasterCache(start=1),
+    cachepass.EasyCache(threshold=0.5, warmup_steps=1),
+    cachepass.MagCache(threshold=0.5, ratios=(1.0, 0.9, 0.8, 0.9), warmup_steps=1),
+    cachepass.DiCache(threshold=0.4, warmup_steps=1),
+]
+
+
+class Request:
+    """One of several, with a length and a latent of its own."""
+
+    def __init__(self, model: Any, seed: int, steps: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.session = cachepass.session(model, num_inference_steps=steps)
+        self.latent = torch.randn(1, 4, 2, 8, 8, generator=generator)
+        self.texts = {b: torch.randn(1, 5, 16, generator=generator) for b in BOTH}
+        self.step, self.steps = 0, steps
+        self.calls: list[tuple[int, str, Tensor, Tensor]] = []
+        """Step, branch, latent that went in and output."""
+
+    @property
+    def time(self) -> Tensor:
+        return torch.tensor([1000.0 * (1 - self.step / self.steps)])
+
+    def take(self, outputs: dict[str, Tensor]) -> None:
+        """The outputs of a step; goes on to the next one."""
+        self.calls += [(self.step, b, self.latent, outputs[b]) for b in BOTH]
+        velocity = outputs["uncond"] + 3.0 * (outputs["cond"] - outputs["uncond"])
+        self.latent = self.latent - velocity / self.steps
+        self.step += 1
+
+
+def step_together(model: Any, requests: Sequence[Request], *, in_one: bool = False) -> None:
+    """A step of several requests: a call for each branch, or one for both."""
+    outputs: list[dict[str, Tensor]] = [{} for _ in requests]
+    for branches in (BOTH,) if in_one else [(b,) for b in BOTH]:
+        listed = [(i, b) for b in branches for i in range(len(requests))]
+        with cachepass.rows(
+            model,
+            [requests[i].session.row(branch=b, step=requests[i].step) for i, b in listed],
+        ):
+            made = as_tensor(
+                model(
+                    torch.cat([requests[i].latent for i, _ in listed]),
+                    torch.cat([requests[i].time for i, _ in listed]),
+                    torch.cat([requests[i].texts[b] for i, b in listed]),
+                    return_dict=False,
+                )
+            )
+        for (i, branch), output in zip(listed, made.split(1), strict=True):
+            outputs[i][branch] = output
+    for request, found in zip(requests, outputs, strict=True):
+        request.take(found)
+
+
+def assert_as_alone(model: Any, request: Request) -> None:
+    """A session of its own, given the same inputs one by one, decides and returns the same."""
+    alone = cachepass.session(model, num_inference_steps=request.steps)
+    call = caller(model, alone)
+    for step, branch, latent, output in request.calls:
+        time = torch.tensor([1000.0 * (1 - step / request.steps)])
+        assert distance(output, call(step, branch, latent, time, request.texts[branch])) < 1e-5
+    assert decisions(request.session) == decisions(alone)
+
+
+_CACHE: dict[str, Any] = {}
+
+
+def _cached(policy: cachepass.NamedPolicy) -> Any:
+    if policy.name not in _CACHE:
+        _CACHE[policy.name] = cachepass.compile(WAN.model(), policy=policy, inner="eager")
+    return _CACHE[policy.name]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+@examples(4)
+@given(data=st.data())
+def test_requests_that_join_and_leave(policy: cachepass.NamedPolicy, data: st.DataObject) -> None:
+    model = _cached(policy)
+    lengths = data.draw(st.lists(st.sampled_from([4, 6, 8]), min_size=2, max_size=4))
+    requests = [Request(model, seed, steps) for seed, steps in enumerate(lengths)]
+    while running := [r for r in requests if r.step < r.steps]:
+        count = data.draw(st.integers(1, len(running)))
+        step_together(model, data.draw(st.permutations(running))[:count])
+    for request in requests:
+        assert_as_alone(model, request)
+        request.session.drop()
+        assert request.session.cache_bytes == 0
+
+
+@pytest.mark.parametrize("policy", [POLICIES[i] for i in (1, 3, 4)], ids=lambda p: p.name)
+def test_both_branches_in_one_call(policy: cachepass.NamedPolicy) -> None:
+    """A step's conditional output is not there for an unconditional row of the same call."""
+    if policy.name == "schedule":
+        policy = cachepass.Schedule(reuse={1: "step", 4: "stack"})
+    model = cachepass.compile(WAN.model(), policy=policy, inner="eager")
+    requests = [Request(model, seed, steps=6) for seed in range(2)]
+    while requests[0].step < 6:
+        step_together(model, requests, in_one=True)
+    for request in requests:
+        assert_as_alone(model, request)
+
+
+def test_cfg_is_reused_across_calls_only() -> None:
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "cfg", 2: "cfg"}), inner="eager"
+    )
+    (request,) = requests = [Request(model, 0, steps=4)]
+    step_together(model, requests)
+    step_together(model, requests)
+    step_together(model, requests, in_one=True)
+    assert decisions(request.session)[2:] == [
+        (1, "cond", []), (1, "uncond", ["cfg"]), (2, "cond", []), (2, "uncond", []),
+    ]  # fmt: skip
+
+
+def test_rows_that_compute_are_gathered() -> None:
+    """One row of four costs a quarter."""
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "step"}), inner="eager"
+    )
+    requests = [Request(model, seed, steps=4) for seed in range(4)]
+    step_together(model, requests[:3])
+    flops = []
+    for together in (requests, requests):
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True, record_shapes=True
+        ) as seen:
+            step_together(model, together)
+        flops.append(sum(event.flops for event in seen.key_averages()))
+    assert [names for _, _, names in decisions(requests[0].session)][2:] == [["step"]] * 2 + [
+        []
+    ] * 2
+    assert [names for _, _, names in decisions(requests[3].session)][:2] == [[]] * 2
+    # Three of four reused in the first call; in the second, the fourth did.
+    assert flops[0] * 3 == pytest.approx(flops[1], rel=0.01)
+
+
+def test_samples_and_branches_of_one_request() -> None:
+    policy = cachepass.FirstBlock(threshold=0.105, warmup_steps=0)
+    model = cachepass.compile(WAN.model(), policy=policy, inner="eager")
+    outputs, whole = run(model, steps=8, rows=3)
+    session = cachepass.session(model, num_inference_steps=8)
+    times = iter(outputs)
+
+    def by_rows(step: int, branch: str, latent: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        with cachepass.rows(
+            model, [session.row(sample=i, branch=branch, step=step) for i in (2, 0, 1)]
+        ):
+            order = torch.tensor([2, 0, 1])
+            out = as_tensor(model(latent[order], time, text[order], return_dict=False))
+        assert distance(out[[1, 2, 0]], next(times)) < 1e-5
+        return outputs[2 * step + BOTH.index(branch)]
+
+    from tests.requests import denoise
+
+    denoise(by_rows, steps=8, rows=3)
+    for row, mine in enumerate((1, 2, 0)):
+        assert decisions(whole, row) == decisions(session, mine)
+
+
+def test_steps_count_themselves() -> None:
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "step"}), inner="eager"
+    )
+    a, b = (Request(model, seed, steps=3) for seed in range(2))
+    inputs = [torch.cat(pair) for pair in ((a.latent, b.latent), (a.time, b.time))]
+    for listed in ([a.session, b.session], [b.session, a.session]):
+        with cachepass.rows(model, listed):
+            for branch in BOTH:
+                with model.cache_context(branch):
+                    model(*inputs, torch.cat([a.texts[branch], b.texts[branch]]))
+    expected = [(0, "cond", []), (0, "uncond", []), (1, "cond", ["step"]), (1, "uncond", ["step"])]
+    assert decisions(a.session) == decisions(b.session) == expected
+
+
+def test_prompts_of_different_lengths_keep_their_slots() -> None:
+    """A branch has a text of its own length: nothing of the other's is dropped."""
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "stack"}), inner="eager"
+    )
+    session = cachepass.session(model, num_inference_steps=3)
+    call = caller(model, session)
+    for step in range(3):
+        for branch, words in zip(BOTH, (5, 7), strict=True):
+            call(
+                step,
+                branch,
+                torch.randn(1, 4, 2, 8, 8),
+                torch.tensor([900.0]),
+                torch.randn(1, words, 16),
+            )
+    assert [names for _, _, names in decisions(session)] == [[], [], ["stack"], ["stack"], [], []]
+    assert notes(session) == ""
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+def test_a_batch_of_one_size_only() -> None:
+    """Mochi counts its prompt's tokens, which fixes the batch: rows are selected, not gathered."""
+    tiny = TINY["mochi"]
+    model: Any = cachepass.compile(
+        tiny.model(), policy=cachepass.FirstBlock(threshold=0.1, warmup_steps=0), inner="eager"
+    )
+    pair = [tiny.example(1), tiny.example(2)]
+    session = cachepass.session(model, num_inference_steps=4)
+    for step in range(2):
+        pair[1]["hidden_states"] = pair[1]["hidden_states"] + step
+        inputs = {
+            name: torch.cat([value, pair[1][name]]) if isinstance(value, Tensor) else value
+            for name, value in pair[0].items()
+        }
+        with session.at(step=step):
+            out = as_tensor(model(**inputs))
+    assert [decisions(session, row)[1][2] for row in range(2)] == [["step"], []]
+    with torch.no_grad():
+        assert distance(out[1:], as_tensor(tiny.model()(**inputs))[1:]) < 1e-5
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def test_what_rows_refuse() -> None:
+    model, other = (
+        cachepass.compile(WAN.model(), policy="compute", inner="eager") for _ in range(2)
+    )
+    a, b, stranger = (cachepass.session(m, num_inference_steps=4) for m in (model, model, other))
+    cases: list[tuple[list[Any], str]] = [
+        ([], r"`rows` is empty: a call has at least one row"),
+        ([a, stranger], r"`rows`\[1\] is a session of another model"),
+        ([a, b, a], r"`rows`\[2\] is there twice: one session, branch None and sample 0"),
+        ([a.row(sample=1), a.row(sample=1)], r"`rows`\[1\] is there twice.*session\.row\(sample="),
+    ]
+    for listed, message in cases:
+        with pytest.raises(cachepass.SessionError, match=message):
+            cachepass.rows(model, listed)
+    with pytest.raises(cachepass.SessionError, match=r"`step`=4: must be from 0 to 3"):
+        a.row(step=4)
+    request = Request(model, 0, steps=4)
+    with (
+        pytest.raises(
+            cachepass.SessionError, match=r"the call has 1 rows, and .* lists 2: each row"
+        ),
+        cachepass.rows(model, [a, b]),
+    ):
+        model(request.latent, request.time, request.texts["cond"])
+    with (
+        pytest.raises(
+            cachepass.SessionError, match=r"rows of one session are at steps \['0', '1'\]"
+        ),
+        cachepass.rows(model, [a.row(sample=0, step=0), a.row(sample=1, step=1)]),
+    ):
+        model(*(torch.cat([t, t]) for t in (request.latent, request.time, request.texts["cond"])))
+
+
+def test_rows_of_a_session_that_runs_elsewhere() -> None:
+    model = cachepass.compile(TOY.model(), policy="compute", inner="eager")
+    a, b = (cachepass.session(model, num_inference_steps=4) for _ in range(2))
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with cachepass.rows(model, [b, a]):
+                pass
+        except cachepass.SessionError as error:
+            errors.append(error)
+
+    with a:
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert "entered in another thread" in str(errors[0])
+    with cachepass.rows(model, [b]):  # it was left again
+        pass
+
+
+def test_a_whole_graph_takes_one_request_at_a_time() -> None:
+    model = cachepass.compile(WAN.model(), policy="compute", inner="eager", lowering="graph")
+    a, b = (Request(model, seed, steps=3) for seed in range(2))
+    with pytest.raises(cachepass.SessionError, match=r"Compile the model with lowering='regions'"):
+        step_together(model, [a, b])
+
+
+@pytest.mark.full
+def test_compiled_once_for_any_number_of_rows() -> None:
+    policy = cachepass.FirstBlock(threshold=0.105, warmup_steps=0)
+    model: Any = cachepass.compile(WAN.model(), policy=policy)
+    requests = [Request(model, seed, steps=8) for seed in range(4)]
+    step_together(model, requests[:2])
+    regions = model.denoiser.regions
+    step_together(model, requests[1:])
+    while requests[3].step < 8:
+        step_together(model, [r for r in requests if r.step < 8])
+    assert model.denoiser.regions == regions
+    for request in requests:
+        assert_as_alone(model, request)

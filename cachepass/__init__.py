@@ -58,6 +58,7 @@ from cachepass.ir.predictors import (
     Taylor as Taylor,
     TwoAnchor as TwoAnchor,
 )
+from cachepass.plan import Plan as Plan, SlotPlan as SlotPlan, plan as plan
 
 # Combinations that have a name.
 from cachepass.runtime.policies import (

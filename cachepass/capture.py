@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import Unsupported
 from torch.utils import _pytree as pytree
 
 from cachepass.errors import CaptureError
+from cachepass.ir.graph import module_paths
 
 
 def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.GraphModule:
@@ -64,6 +66,55 @@ def _constants(node: fx.Node) -> tuple[Any, ...]:
         (node.args, node.kwargs),
     )
     return tuple(found)
+
+
+class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
+    pass
+
+
+def capture_call(
+    model: nn.Module, inputs: Mapping[str, Any], open_sizes: Mapping[str, Mapping[int, Any]]
+) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """The graph of one call, which is not made, and what it was called with.
+
+    Args:
+        model: not compiled.
+        inputs: keyword arguments.
+        open_sizes: of inputs, dimensions that are captured as symbols.
+
+    Raises:
+        CaptureError: the call cannot be captured as one graph.
+    """
+    found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
+
+    def backend(captured: fx.GraphModule, _: Sequence[Any]) -> Any:
+        gm = own_graph(captured)
+        for node in gm.graph.nodes:
+            for path, _ in module_paths(node)[-1:]:  # for errors: torch hands `custom` on
+                node.meta["custom"] = {"module": path}
+
+        def call(*args: Any) -> Any:
+            found.append((gm, args))
+            raise _Captured
+
+        return call
+
+    given = {}
+    for name, value in inputs.items():
+        given[name] = value.clone() if isinstance(value, Tensor) else value
+        for dimension in open_sizes.get(name, ()):
+            torch._dynamo.maybe_mark_dynamic(given[name], dimension)
+    # Open is what was asked for, whatever sizes dynamo has seen before.
+    fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad(), fixed:
+            compiled(**given)
+    except _Captured:
+        return found[0]
+    except Unsupported as error:
+        raise explain_failure(error, type(model).__name__) from error
+    raise CaptureError(f"the call of {type(model).__name__} computes nothing")
 
 
 def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:

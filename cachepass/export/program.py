@@ -21,17 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import Unsupported
 from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from cachepass import capture
-from cachepass.errors import CachePassError, CaptureError
+from cachepass.errors import CachePassError
 from cachepass.export.names import BRANCH, REQUEST
 from cachepass.export.open_sizes import check_open, hold_to, open_sizes_of
 from cachepass.ir.boundary import call_inputs, layout_of
-from cachepass.ir.graph import module_paths
 from cachepass.lowering.conditional import equal_outputs
 from cachepass.lowering.functional import Entry, Functional, functionalize, identifier
 from cachepass.lowering.rule import BRANCHES, where_it_stands
@@ -86,7 +84,7 @@ def program_of(
             "pipeline its own back)"
         )
     open_sizes = open_sizes_of(example_inputs, dynamic_shapes or {})
-    gm, args = _capture(model, example_inputs, open_sizes)
+    gm, args = capture.capture_call(model, example_inputs, open_sizes)
     gm = run_passes(gm, default_pipeline(policy.sites, policy.signals())).graph_module
     program = _Program(gm, _functional(gm, policy), args, model)
     numbers = {name: torch.tensor(value) for name, value in _FIRST_CALL.items()}
@@ -113,46 +111,6 @@ def _forget_generated_code(program: ExportedProgram) -> None:
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             if "<eval_with_key>" in (node.stack_trace or ""):
                 del node.meta["stack_trace"]
-
-
-class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
-    pass
-
-
-def _capture(
-    model: nn.Module, inputs: Mapping[str, Any], open_sizes: Mapping[str, Mapping[int, Any]]
-) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """The graph of one call, and what it was called with."""
-    found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
-
-    def backend(captured: fx.GraphModule, _: Sequence[Any]) -> Any:
-        gm = capture.own_graph(captured)
-        for node in gm.graph.nodes:
-            for path, _ in module_paths(node)[-1:]:  # for errors: torch hands `custom` on
-                node.meta["custom"] = {"module": path}
-
-        def call(*args: Any) -> Any:
-            found.append((gm, args))
-            raise _Captured
-
-        return call
-
-    given = {}
-    for name, value in inputs.items():
-        given[name] = value.clone() if isinstance(value, Tensor) else value
-        for dimension in open_sizes.get(name, ()):
-            torch._dynamo.maybe_mark_dynamic(given[name], dimension)
-    # Open is what was asked for, whatever sizes dynamo has seen before.
-    fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
-    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
-    try:
-        with torch.no_grad(), fixed:
-            compiled(**given)
-    except _Captured:
-        return found[0]
-    except Unsupported as error:
-        raise capture.explain_failure(error, type(model).__name__) from error
-    raise CaptureError(f"the call of {type(model).__name__} computes nothing")
 
 
 def _functional(gm: fx.GraphModule, policy: Policy) -> Functional:

@@ -70,7 +70,9 @@ def test_all_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "policy_name"), [case for case in CASES if "pab" not in case.values])
+@pytest.mark.parametrize(
+    ("name", "policy_name"), [case for case in CASES if "pab" not in case.values]
+)
 def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> None:
     tiny, policy = MODELS[name], POLICIES[policy_name]
     branches = branches_of(tiny, *(("cond", "uncond") if name in TWO_CALLS else ("cond",)))

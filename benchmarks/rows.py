@@ -3,12 +3,12 @@
     python -m benchmarks.rows                 both parts, about half an hour on one core
     python -m benchmarks.rows --only b        one of them
 
-(a) Four videos of different motion in a batch, under AdaCache over a range of its codebook: the time
-of a batch against the PSNR of its worst video, where each row decides for itself, and where one
-decision is made for all of them from their summed signals (as everybody else does).
+(a) Four videos of different motion in a batch, under AdaCache over a range of its codebook: the
+time of a batch against the PSNR of its worst video, where each row decides for itself, and where
+one decision is made for all of them from their summed signals (as everybody else does).
 
-(b) Sixteen requests that come at random, through `cachepass.serve.Batcher`, against the same sixteen
-in full batches of four.
+(b) Sixteen requests that come at random, through `cachepass.serve.Batcher`, against the same
+sixteen in full batches of four.
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_map
 from cachepass import capture
 from cachepass.adapters import diffusers as pipelines
 from cachepass.errors import CachePassError, PolicyError, SessionError
+from cachepass.ir.boundary import layout_of
 from cachepass.ir.printer import format_graph
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler, lower
+from cachepass.lowering.shapes import slots_of_a_row
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
@@ -35,6 +37,7 @@ from cachepass.runtime.program import Driver, Program
 from cachepass.runtime.relay import RENDER, SKETCH, Relay, Switch
 from cachepass.runtime.rows import Rows
 from cachepass.runtime.session import Location, Session
+from cachepass.runtime.storage import Storage
 
 M = TypeVar("M")
 Inner = Literal["inductor", "eager"]
@@ -51,6 +54,9 @@ def compile(
     dynamic: bool | None = None,
     guidance: Guidance | None = None,
     inner: Inner = "inductor",
+    max_cache_bytes: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+    cache_on_host: bool = False,
     dump: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compile a denoiser, or every denoiser of a diffusers pipeline, with a cache inside.
@@ -70,6 +76,12 @@ def compile(
             unconditional branch such a call is taken apart. diffusers' pipelines say it themselves.
         inner: "eager" runs the rewritten graph without Inductor: slower, bitwise equal to
             the model, good for debugging.
+        max_cache_bytes: what one request may keep. Sites that do not fit are left out, the largest
+            first, and the report says so; `plan` tells what each needs. With "regions".
+        cache_dtype: keep wider floating values as float16, bfloat16 or in an 8-bit type with a scale
+            for each row. With "regions".
+        cache_on_host: keep values in the host's memory; a GPU fetches them as it computes. With
+            "regions".
         dump: a folder for the graph after each pass; the environment variable
             CACHEPASS_DUMP does the same.
 
@@ -87,6 +99,12 @@ def compile(
         raise CachePassError(
             f"unknown `guidance`={guidance!r}: must be None or one of "
             f"{', '.join(get_args(Guidance))}"
+        )
+    storage = Storage(dtype=cache_dtype, on_host=cache_on_host, max_bytes=max_cache_bytes)
+    if lowering == "graph" and storage != Storage():
+        raise CachePassError(
+            "`max_cache_bytes`, `cache_dtype` and `cache_on_host` are options of "
+            "lowering='regions': a whole graph keeps its state as it is"
         )
     if policy == SRDiffusion.name:
         raise PolicyError(
@@ -112,6 +130,7 @@ def compile(
             dynamic=dynamic,
             guidance=guidance,
             inner=inner,
+            storage=storage,
             dump=folder,
         )
 
@@ -173,9 +192,10 @@ class CachedModule(OptimizedModule):
         dynamic: bool | None,
         guidance: Guidance | None,
         inner: Inner,
+        storage: Storage,
         dump: str | os.PathLike[str] | None,
     ) -> None:
-        denoiser = Denoiser(for_model(policy, model), described=repr(policy))
+        denoiser = Denoiser(for_model(policy, model), described=repr(policy), storage=storage)
         lower_to = GraphCompiler(mode, inner) if lowering == "graph" else RegionCompiler(mode)
         backend = _backend(denoiser, lower_to, inner, dump, _parameters(model))
         marked = "_is_torch_compile" in vars(model)
@@ -299,7 +319,7 @@ def _backend(
         if isinstance(compiler, GraphCompiler):
             driver = compiler(gm, args, denoiser.policy)
         elif inner == "eager":
-            return Driver(gm.forward, takes=lambda _: True)
+            return Driver(gm.forward)
         else:
             driver = lower(gm, args, compiler)
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
@@ -314,11 +334,20 @@ def _backend(
         if dump is not None:
             observers = [dump_to(pathlib.Path(dump, f"graph{number}") if number else dump)]
         result = run_passes(gm, passes, observers=observers)
+        if denoiser.storage.max_bytes is not None:
+            _measure_slots(result.graph_module, denoiser.storage)
         program = Program(denoiser, result.graph_module, lower_program)
         denoiser.programs.append(program)
         return program
 
     return cachepass
+
+
+def _measure_slots(gm: fx.GraphModule, storage: Storage) -> None:
+    layout = layout_of(gm)
+    for name, (shape, dtype) in slots_of_a_row(gm).items():
+        kept_in = storage.dtype_of(layout.slots[name], dtype)
+        layout.slot_bytes[name] = shape.numel() * kept_in.itemsize
 
 
 def torch_backend(

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from cachepass import capture
-from cachepass.ir.boundary import call_inputs, layout_of
-from cachepass.lowering.shapes import latent_in, slot_shapes
+from cachepass.ir.boundary import layout_of
+from cachepass.lowering.shapes import slots_of_a_row
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
-from cachepass.runtime import batch
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
+from cachepass.runtime.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ def plan(
     *,
     policy: str | os.PathLike[str] | AnyPolicy = "mixcache",
     options: dict[str, Any] | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Plan:
     """What a policy keeps on a model: nothing is computed, so both may be on the meta device.
 
@@ -106,6 +107,7 @@ def plan(
         example_inputs: keyword arguments of one call.
         policy: as in `compile`.
         options: as in `compile`.
+        cache_dtype: as in `compile`.
 
     Raises:
         CaptureError: the call cannot be captured.
@@ -113,22 +115,17 @@ def plan(
     chosen = for_model(resolve(policy, options), model)
     gm, _ = capture.capture_call(model, example_inputs, {})
     gm = run_passes(gm, default_pipeline(chosen.sites, chosen.signals())).graph_module
-    layout = layout_of(gm)
-    fakes = [node.meta["example_value"] for node in call_inputs(gm)]
-    latent: Any = latent_in(gm, fakes)
-    rows = latent.shape[0]
-    values = slot_shapes(gm, fakes, latent.fake_mode)
+    layout, storage = layout_of(gm), Storage(dtype=cache_dtype)
     return Plan(
         chosen.name,
         tuple(
             SlotPlan(
-                name=slot.name,
-                site=slot.site,
-                shape=batch.shape_of_one(values[slot.name].shape, slot.rows, rows),
-                dtype=values[slot.name].dtype,
-                across_branches=slot.across_branches,
+                name=name,
+                site=layout.slots[name].site,
+                shape=shape,
+                dtype=storage.dtype_of(layout.slots[name], dtype),
+                across_branches=layout.slots[name].across_branches,
             )
-            for slot in layout.slots.values()
-            if slot.name in values
+            for name, (shape, dtype) in slots_of_a_row(gm).items()
         ),
     )

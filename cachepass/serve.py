@@ -226,7 +226,8 @@ class Batcher:
         with api.rows(self._model, rows):
             made = self._model(**{name: _joined(name, group, given) for name in given[0]})
         output: Tensor = made[0] if isinstance(made, tuple) else getattr(made, "sample", made)
-        return output.split([work.samples for work in group])
+        parts: Sequence[Tensor] = output.split([work.samples for work in group])
+        return parts
 
     def _go_on(self, work: _Work, outputs: dict[str, Tensor] | None) -> None:
         """Let a request make its next step; it may have ended."""
@@ -262,7 +263,7 @@ def _kind(given: Mapping[str, Any]) -> object:
     """Equal for calls that can be one batch."""
     latent = latent_among((), given)
     rows = latent.shape[0] if latent is not None else 1
-    found = []
+    found: list[object] = []
     for name, value in sorted(given.items()):
         if isinstance(value, Tensor):
             per_row = value.ndim > 0 and value.shape[0] == rows

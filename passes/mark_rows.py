@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from cachepass.ir.boundary import layout_of
 from cachepass.ir.graph import value_of
-from cachepass.ir.rows import symbols_in
+from cachepass.ir.rows import example, symbols_in
 from cachepass.pass_manager import PassResult
 
 
@@ -52,28 +52,10 @@ class MarkRows:
 
 def _runs(gm: fx.GraphModule, growing: frozenset[Any]) -> bool:
     """Whether the call goes through where these symbols are one more than they were."""
-    mode = FakeTensorMode()
-
-    def number(size: Any) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        environment = size.node.shape_env
-        hints = {s: environment.backed_var_to_val[s] for s in size.node.expr.free_symbols}
-        grown = {s: hint + (s in growing) for s, hint in hints.items()}
-        return int(size.node.expr.subs(grown))
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return number(value)
-        shape, stride = map(number, value.shape), map(number, value.stride())
-        return torch.empty_strided(
-            tuple(shape), tuple(stride), dtype=value.dtype, device=value.device
-        )
-
     inputs = gm.graph.find_nodes(op="placeholder")
     try:
-        with mode, torch.no_grad():
-            gm(*(fake(n.meta.get("example_value")) for n in inputs))
+        with FakeTensorMode(), torch.no_grad():
+            gm(*(example(node.meta.get("example_value"), growing) for node in inputs))
     except RuntimeError:  # shapes that do not fit
         return False
     return True

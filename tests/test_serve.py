@@ -74,7 +74,7 @@ def batcher(model: Any) -> Iterator[Batcher]:
 
 
 def test_requests_get_what_they_get_alone(model: Any, batcher: Batcher) -> None:
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"seed": 0}, {"seed": 1, "steps": 4}, {"seed": 2, "samples": 2}, {"seed": 3, "words": 7},
         {"seed": 4, "steps": 3}, {"seed": 5},
     ]  # fmt: skip
@@ -154,7 +154,7 @@ def test_a_call_that_fails_is_made_alone(
         while True:
             calls = next(work) if outputs is None else work.send(outputs)
             for given in calls.values():
-                given["encoder_hidden_states"][..., 0] = poisoned  # type: ignore[index]
+                given["encoder_hidden_states"][..., 0] = poisoned
             outputs = yield calls
 
     monkeypatch.setattr(model, "forward", forward)
@@ -193,11 +193,11 @@ def test_caches_stay_within_a_budget(model: Any) -> None:
 
     def watch(_: int) -> None:
         nonlocal peak
-        peak = max(peak, batcher.cache_bytes)
+        peak = max(peak, shared.cache_bytes)
 
-    with Batcher(model, max_rows=4, max_cache_bytes=2 * one + 1) as batcher:
+    with Batcher(model, max_rows=4, max_cache_bytes=2 * one + 1) as shared:
         futures = [
-            batcher.submit(request(i, on_step=watch), num_inference_steps=STEPS) for i in range(5)
+            shared.submit(request(i, on_step=watch), num_inference_steps=STEPS) for i in range(5)
         ]
         for i, future in enumerate(futures):
             assert distance(future.result(60), alone(model, request(i))) < 1e-5
@@ -212,7 +212,7 @@ def test_caches_stay_within_a_budget(model: Any) -> None:
     ],
 )
 def test_a_request_that_never_fits(
-    model: Any, options: dict[str, int], work: dict[str, int], message: str
+    model: Any, options: dict[str, int], work: dict[str, Any], message: str
 ) -> None:
     with Batcher(model, **options) as batcher:
         future = batcher.submit(request(0, **work), num_inference_steps=STEPS)

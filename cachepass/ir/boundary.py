@@ -317,6 +317,9 @@ class Layout:
 
     sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    slot_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of each slot, for one row; filled in where room is limited."""
+
     coverage: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     """Blocks that a site skips, by site name (filled in by the insertion passes)."""
 

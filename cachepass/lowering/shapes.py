@@ -18,6 +18,8 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from cachepass.ir.boundary import Layout, call_inputs, layout_of
 from cachepass.ir.ops import COUNT, Arm, Carried, When
+from cachepass.ir.rows import example
+from cachepass.runtime.batch import shape_of_one
 
 
 def fake_inputs(
@@ -126,6 +128,18 @@ def slot_shapes(
         for newer, older in reversed(frame.moves):  # what is newer comes to be known first
             frame.slots[older] = _like(frame.slots[newer])
     return frame.slots
+
+
+def slots_of_a_row(gm: fx.GraphModule) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of what every slot holds for one row, for the call that was captured."""
+    layout = layout_of(gm)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        fakes = [example(node.meta.get("example_value")) for node in call_inputs(gm)]
+    return {
+        name: (shape_of_one(value.shape, layout.slots[name].rows, layout.batch), value.dtype)
+        for name, value in slot_shapes(gm, fakes, mode).items()
+    }
 
 
 def _like(value: Tensor) -> Tensor:

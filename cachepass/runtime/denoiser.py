@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
-from cachepass.ir.boundary import Cfg
+from cachepass.ir.boundary import Cfg, Layout
 from cachepass.runtime.clock import Conditioning
 from cachepass.runtime.frame import Frame, Row, Surroundings
 from cachepass.runtime.inputs import Inputs
 from cachepass.runtime.policy import Policy
 from cachepass.runtime.rows import ROWS
 from cachepass.runtime.session import ENTERED, History, Location, Session
+from cachepass.runtime.storage import Storage
 
 if TYPE_CHECKING:
     from cachepass.runtime.program import Program
@@ -51,9 +52,14 @@ class Denoiser:
     """
 
     def __init__(
-        self, policy: Policy, num_steps: int | None = None, *, described: str | None = None
+        self,
+        policy: Policy,
+        num_steps: int | None = None,
+        *,
+        described: str | None = None,
+        storage: Storage | None = None,
     ) -> None:
-        self.policy = policy
+        self.policy, self.storage = policy, storage or Storage()
         self.described = described or repr(policy)
         """The policy as the user gave it."""
 
@@ -177,6 +183,36 @@ class Denoiser:
                     "cachepass.compile? Then cachepass.restore(pipe), and compile it again"
                 )
 
+    def _make_room(self, session: Session, layout: Layout, limit: int) -> None:
+        """Leave sites out, the largest first, until what the session may keep is within a limit."""
+
+        def size(site: str | None) -> int:
+            slots = (s for s in layout.slots.values() if s.site == site)
+            each = (
+                layout.slot_bytes.get(s.name, 0)
+                * (1 if s.across_branches else len(session.branches))
+                for s in slots
+            )
+            return session.samples * sum(each)
+
+        sites = sorted(self.sites, key=size, reverse=True)
+        kept = [site for site in sites if site not in session.left_out]
+        while kept and size(None) + sum(map(size, kept)) > limit:
+            left = kept.pop(0)
+            session.leave_out(left, layout)
+            session.note(
+                f"site {left!r} is not cached: with it, caches may hold "
+                f"{size(None) + size(left) + sum(map(size, kept)):,} bytes, and "
+                f"max_cache_bytes={limit:,}"
+            )
+        if sites and not kept:
+            needs = ", ".join(f"{site!r} {size(site):,}" for site in sites)
+            raise PolicyError(
+                f"`max_cache_bytes`={limit:,} is too little for policy {self.policy.name!r}: its "
+                f"signals need {size(None):,} bytes, its sites {needs}. Raise it, choose narrower "
+                "slots (cache_dtype=), or another policy (cachepass.plan tells what each needs)"
+            )
+
     def _check_guidance(self, session: Session) -> None:
         """Say that there is nothing to skip where a model is called once per step."""
         text = (
@@ -202,8 +238,9 @@ class Denoiser:
             rows = self._begin(inputs, args, places, sessions)
         alone = len(sessions) == 1
         around = Surroundings(
-            self.policy, self.sites, inputs.layout, time, call_cond if alone else None, takes
-        )
+            self.policy, self.sites, inputs.layout, self.storage, args[inputs.latent].device, time,
+            call_cond if alone else None, takes,
+        )  # fmt: skip
         return Frame(rows, around)
 
     def _places(self, inputs: Inputs, args: Sequence[Any], time: Tensor | None) -> list[Location]:
@@ -248,6 +285,8 @@ class Denoiser:
                 (latent.shape[1:], latent.dtype, latent.device, session.weights),
                 {branch: kind for branch, _ in rows},
             )
+            if self.storage.max_bytes is not None:
+                self._make_room(session, inputs.layout, self.storage.max_bytes)
             seen: set[int] = set()
             branches = session.branches
             if self.skips_uncond and step == _SURELY_GUIDED and len(branches) == 1:

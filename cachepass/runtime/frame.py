@@ -17,7 +17,8 @@ from cachepass.ir.ops import Arm, Carried, When
 from cachepass.ir.predictors import Moment
 from cachepass.runtime import batch
 from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
-from cachepass.runtime.session import CallRecord, Kept, Observation, Session, Sums
+from cachepass.runtime.session import CallRecord, Observation, Session, Sums
+from cachepass.runtime.storage import Kept, Prefetch, Storage
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,6 +48,8 @@ class Surroundings:
     policy: Policy
     sites: Mapping[str, Site]
     layout: Layout
+    storage: Storage
+    device: torch.device
     time: Tensor | None
     call_cond: Callable[[Frame], None] | None
     """Makes the conditional call of the step; where the rows belong to one session."""
@@ -73,6 +76,7 @@ class Frame:
         """Rows that count: others are computed along, and nothing of them is kept or looked at."""
 
         self._weights: dict[str, Tensor] = {}
+        self.prefetch: Prefetch | None = None
         self.apart = True
         """Whether rows that decided differently went their own ways."""
 
@@ -89,7 +93,7 @@ class Frame:
         """See `ir.ops.cache_read`."""
         declared = self.layout.slots[slot]
         kept = [r.session.slots.get(declared.key(r.branch, r.sample)) for r in self.rows]
-        values = [k.value if k is not None else None for k in kept]
+        values = [self._value(k, declared) if k is not None else None for k in kept]
         if like is not None:
             shape = batch.shape_of_one(like.shape, declared.rows, len(self.rows))
             values = [v if v is not None and v.shape == shape else None for v in values]
@@ -105,10 +109,17 @@ class Frame:
 
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
-        declared = self.layout.slots[slot]
+        declared, storage = self.layout.slots[slot], self.around.storage
         for i, row in self._written():
-            own = batch.part(value, declared.rows, i, len(self.rows))
-            row.session.slots[declared.key(row.branch, row.sample)] = Kept(own, row.step)
+            if declared.site not in row.session.left_out:
+                own = batch.part(value, declared.rows, i, len(self.rows))
+                kept = storage.keep(declared, own, row.step)
+                row.session.slots[declared.key(row.branch, row.sample)] = kept
+
+    def _value(self, kept: Kept, slot: Slot) -> Tensor:
+        ahead = self._root.prefetch
+        value = ahead.take(kept) if ahead is not None else None
+        return self.around.storage.take(kept, slot, self.around.device) if value is None else value
 
     def shift(self, newer: str, older: str) -> None:
         """See `ir.ops.cache_shift`. Rows that are not refreshed keep their older value."""
@@ -208,6 +219,16 @@ class Frame:
                     not_here.add(name)
             row.reused = frozenset(taken)
             row.full = not (taken or not_here)
+        if self.around.storage.on_host and self.around.device.type == "cuda":
+            self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Send for what the rows are going to reuse."""
+        self.prefetch = Prefetch(self.around.storage, self.around.device)
+        for row in self.rows:
+            slots = [s for s in self.layout.slots.values() if s.site in row.reused]
+            kept = [(s, row.session.slots.get(s.key(row.branch, row.sample))) for s in slots]
+            self.prefetch.send((slot, k) for slot, k in kept if k is not None)
 
     def _tell_timesteps(self, time: Tensor) -> None:
         times = batch.times(time, len(self.rows))

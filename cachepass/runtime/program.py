@@ -24,7 +24,7 @@ class Driver:
     run: Callable[..., Any]
     """Called as ``run(frame, *args)``."""
 
-    takes: Callable[[int], bool]
+    takes: Callable[[int], bool] = lambda rows: True
     """Whether it, and its arms, take this many rows."""
 
 

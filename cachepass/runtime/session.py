@@ -16,18 +16,10 @@ from cachepass.errors import SessionError
 from cachepass.ir.boundary import Cfg, Layout, Site, Slot
 from cachepass.runtime.clock import Clock
 from cachepass.runtime.policy import UNMEASURED, Measure
+from cachepass.runtime.storage import Kept
 
 Key = tuple[str | None, int, str]
 """Branch (None: of all), sample and name of something that is kept."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kept:
-    """What a slot holds for one row."""
-
-    value: Tensor
-    step: int
-    """The step whose value it is."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,6 +81,9 @@ class Session:
         """The last observation of each row."""
         self.tensors: dict[tuple[str | None, str], Tensor] = {}
         """All state of a program that decides itself (`lowering.graph`), in place of the above."""
+        self.left_out: frozenset[str] = frozenset()
+        """Sites that are not kept, for lack of room."""
+
         self.states: dict[tuple[str | None, int], Any] = {}
         self.timesteps: dict[int, dict[int, float]] = {}
         """Of each sample, those of its steps so far; kept for policies that look at them."""
@@ -229,6 +224,16 @@ class Session:
         self.conditional = self.ahead = self.signature = None
         self.step, self.branches_in_step, self.branches, self._called = -1, [], [], set()
 
+    @property
+    def samples(self) -> int:
+        """How many were called in this step."""
+        return len({sample for _, sample in self._called})
+
+    def leave_out(self, site: str, layout: Layout) -> None:
+        """Keep nothing of a site."""
+        self.left_out |= {site}
+        self.slots = {k: v for k, v in self.slots.items() if layout.slots[k[2]].site != site}
+
     def note(self, text: str) -> None:
         """Remember something the report should say, once."""
         if text not in self.history.notes:
@@ -277,7 +282,8 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes held by the slots now; a value that has moved to an older slot counts once."""
-        values = [*(kept.value for kept in self.slots.values()), *self.tensors.values()]
+        slots = (tensor for kept in self.slots.values() for tensor in kept.tensors)
+        values = [*slots, *self.tensors.values()]
         return sum({id(v): v.numel() * v.element_size() for v in values}.values())
 
 

@@ -141,7 +141,7 @@ def test_an_exception_drops_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: Any) -> Any:
             raise RuntimeError("out of memory")
 
-        patch.setattr(program, "_driver", lambda args: Driver(fail, lambda rows: True))
+        patch.setattr(program, "_driver", lambda args: Driver(fail))
         with pytest.raises(RuntimeError, match="out of memory"):
             call(1, "cond", *tensors)
     assert session.cache_bytes == 0

@@ -1,0 +1,68 @@
+"""Serve prompts that come at random times: requests join and leave a running batch.
+
+    python -m examples.serve
+
+Prints when each video came, when it was done, and how many calls it shared with others.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+
+import cachepass
+from cachepass.serve import Batcher, Request
+from examples.shapes.model import load
+from examples.shapes.pipeline import GUIDANCE_SCALE, build_scheduler, embed_prompts
+from examples.shapes.world import FRAMES, SIZE
+
+PROMPTS = (
+    "red disc bounce plain", "white cross still stripes", "blue triangle orbit plain",
+    "green square spin checker", "yellow disc drift stripes", "magenta disc bounce gradient",
+)  # fmt: skip
+STEPS = 30
+MAX_ROWS = 4
+
+
+def request(prompt: str, seed: int) -> Request:
+    """One video, from noise to its latent."""
+    scheduler: Any = build_scheduler("euler")
+    scheduler.set_timesteps(STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(1, 16, FRAMES, SIZE // 4, SIZE // 4, generator=generator)
+    texts = {"cond": embed_prompts([prompt]), "uncond": embed_prompts([""])}
+    for moment in scheduler.timesteps:
+        given = {"hidden_states": latent, "timestep": moment.reshape(1), "return_dict": False}
+        v = yield {b: given | {"encoder_hidden_states": text} for b, text in texts.items()}
+        guided = v["uncond"] + GUIDANCE_SCALE * (v["cond"] - v["uncond"])
+        latent = scheduler.step(guided, moment, latent, return_dict=False)[0]
+    return latent
+
+
+def main() -> None:
+    """Runs the example."""
+    print("compiling at the first calls: one or two minutes ...", flush=True)
+    model: Any = cachepass.compile(load("small"), policy="adacache")
+    pauses = random.Random(0)
+    started = time.perf_counter()
+
+    def now() -> str:
+        return f"{time.perf_counter() - started:6.1f} s"
+
+    def done(prompt: str) -> None:
+        print(f"{now()}  done: {prompt}", flush=True)
+
+    with Batcher(model, max_rows=MAX_ROWS) as batcher:
+        for seed, prompt in enumerate(PROMPTS):
+            print(f"{now()}  came: {prompt}", flush=True)
+            future = batcher.submit(request(prompt, seed), num_inference_steps=STEPS)
+            future.add_done_callback(lambda _, prompt=prompt: done(prompt))  # type: ignore[misc]
+            time.sleep(pauses.expovariate(1.0))
+    print(cachepass.report(model))
+
+
+if __name__ == "__main__":
+    main()

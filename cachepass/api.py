@@ -78,7 +78,7 @@ def compile(
             the model, good for debugging.
         max_cache_bytes: what one request may keep. Sites that do not fit are left out, the largest
             first, and the report says so; `plan` tells what each needs. With "regions".
-        cache_dtype: keep wider floating values as float16, bfloat16 or in an 8-bit type with a scale
+        cache_dtype: keep wider floating values in float16, bfloat16 or an 8-bit type, with a scale
             for each row. With "regions".
         cache_on_host: keep values in the host's memory; a GPU fetches them as it computes. With
             "regions".

@@ -1,0 +1,128 @@
+"""Which values carry rows is read off the graph, not off sizes that happen to be equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cachepass
+from cachepass.ir import ops
+from cachepass.ir.boundary import layout_of
+from cachepass.ir.graph import walk
+from cachepass.passes import MarkRows
+from cachepass.runtime.inputs import Inputs
+from tests.graphs import capture
+from tests.models import TINY, TOY, Tiny, as_tensor, distance
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
+ROWS = 3
+
+
+def _captured(tiny: Tiny, rows: int = ROWS, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """A compiled model after a call of several rows, and that call."""
+    cached = cachepass.compile(
+        tiny.model(), policy=cachepass.Schedule(reuse={1: "stack"}), inner="eager"
+    )
+    inputs = {
+        name: torch.cat([value] * rows) if isinstance(value, Tensor) and len(value) == 1 else value
+        for name, value in tiny.example().items()
+    } | more
+    cached(**inputs)
+    return cached, inputs
+
+
+def _carried(cached: Any) -> dict[str, int | str | None]:
+    (program,) = cached.denoiser.programs
+    inputs: Inputs = program.inputs
+    assert inputs.carried is not None
+    names = {node.name: name for name, node in inputs.layout.inputs.items()}
+    nodes = [n for n in program.gm.graph.find_nodes(op="placeholder") if n.target != "frame"]
+    return {
+        names[node.name]: way
+        for node, way in zip(nodes, inputs.carried, strict=True)
+        if node.name in names
+    }
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan", "ltx", "toy"])
+def test_inputs_that_carry_rows(name: str) -> None:
+    """A mask that is only broadcast (LTX) as well."""
+    cached, _ = _captured(TOY if name == "toy" else TINY[name])
+    assert set(_carried(cached).values()) == {0}
+    for part in walk(cached.denoiser.programs[0].gm):
+        for node in part.graph.find_nodes(op="call_function", target=ops.conditional):
+            assert node.args[-1] is not None, "row by row"
+
+
+def test_sizes_that_happen_to_be_equal() -> None:
+    """Flux is given places of its tokens: as many as there are rows here."""
+    tiny = TINY["flux"]
+    rows = len(tiny.example()["img_ids"])
+    cached, inputs = _captured(tiny, rows)
+    assert _carried(cached) == {
+        name: None if name in ("img_ids", "txt_ids") else 0
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def test_one_row_has_no_symbol() -> None:
+    captured = capture()
+    gm = captured.run(*captured.pipeline(cachepass.Compute())[:2])
+    assert layout_of(gm).row_symbols == frozenset()
+    assert layout_of(gm).batch == 1
+    assert not MarkRows()(gm).modified
+
+
+def test_a_batch_that_the_model_fixes() -> None:
+    cached, _ = _captured(TINY["mochi"])
+    (program,) = cached.denoiser.programs
+    assert program.inputs.layout.row_symbols == frozenset()
+    assert program.inputs.carried is None
+    assert "row by row" not in cachepass.ir.printer.format_graph(program.gm)
+
+
+def test_running_it_again_changes_nothing() -> None:
+    cached, _ = _captured(TOY)
+    (program,) = cached.denoiser.programs
+    before = program.inputs.layout.row_symbols
+    MarkRows()(program.gm)
+    assert layout_of(program.gm).row_symbols == before != frozenset()
+
+
+class Transposed(nn.Module):
+    """Works on (tokens, rows, width): rows do not lie in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = (x + t[:, None, None]).transpose(0, 1).contiguous()
+        for block in self.blocks:
+            h = h + block(h)
+        return h.transpose(0, 1)
+
+
+def test_rows_along_another_dimension() -> None:
+    torch.manual_seed(0)
+    model = Transposed().eval()
+    cached: Any = cachepass.compile(
+        model, policy=cachepass.Schedule(reuse={1: "stack"}), inner="eager"
+    )
+    a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))
+    x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
+    with a.at(step=0):
+        cached(x[:1], t[:1])
+    kept = [k.value for k in a.slots.values()]
+    assert {tuple(v.shape) for v in kept} == {(5, 1, 6)}
+    with cachepass.rows(cached, [a.row(step=1, branch="cond"), b.row(step=2, branch="cond")]):
+        out = as_tensor(cached(x, t))
+    with torch.no_grad():
+        assert distance(out, model(x, t)) < 1e-6  # the residual is that of the same input
+    slots = cached.denoiser.programs[-1].inputs.layout.slots.values()
+    assert {slot.rows for slot in slots} == {1}

@@ -22,6 +22,7 @@ from cachepass.errors import CachePassError, PolicyError, SessionError
 from cachepass.ir.printer import format_graph
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler, lower
+from cachepass.moe.shadow import Shadow
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
@@ -157,6 +158,7 @@ class CachedModule(OptimizedModule):
     clocked: list[Denoiser]
     dynamic: bool | None
     guidance: Guidance | None
+    shadow: Shadow
 
     def __init__(
         self,
@@ -176,16 +178,19 @@ class CachedModule(OptimizedModule):
         marked = "_is_torch_compile" in vars(model)
         # Isolated: two models of equal config would share dynamo's entries otherwise, and
         # weights are inputs of the graph.
-        compiled = torch.compile(  # type: ignore[call-overload]
-            model,
+        capturing = functools.partial(
+            torch.compile,
             backend=backend,
             fullgraph=True,
             dynamic=dynamic,
             isolate_recompiles=True,
         )
+        shadow = Shadow(model)
+        compiled = capturing(shadow.module)
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
         vars(self).update(denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance)
+        vars(self).update(shadow=shadow, _capturing=capturing, forward=compiled.forward)
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
@@ -224,6 +229,8 @@ class CachedModule(OptimizedModule):
         # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
+        if self.shadow.refresh():
+            vars(self)["forward"] = self._capturing(self.shadow.module).forward
         try:
             with torch.no_grad(), floats:
                 return super().__call__(*args, **kwargs)
@@ -344,7 +351,12 @@ def report(model: Any) -> Report:
         owner = model.owner
         assert isinstance(owner, Denoiser)
         return report_of(owner, only=model.history)
-    return merged({name: report_of(c.denoiser) for name, c in _cached(model).items()})
+    return merged(
+        {
+            name: report_of(cached.denoiser, notes=cached.shadow.explain())
+            for name, cached in _cached(model).items()
+        }
+    )
 
 
 def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:

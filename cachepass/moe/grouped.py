@@ -1,0 +1,188 @@
+"""A linear layer for each expert, over rows that are sorted by expert, as one operation.
+
+What a routed layer computes is `route`, experts in which each linear layer is `grouped_linear` (what
+lies between works on rows, and on all of them at once), and `combine`. None of it looks at data
+on the host, so a capture holds it whole. How the product is computed depends on where it runs:
+
+- CPU, many rows for each expert: one product after another with the experts' own weights.
+- CPU, few rows: `torch.nn.functional.grouped_mm` on a packed copy of the weights, since with
+  few rows most of the time is spent on laying weights out for the product (docs/moe.md).
+- CUDA: the Triton kernel, which reads the weights through a list of pointers. Without Triton,
+  `grouped_mm` on a packed copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+PACK_BELOW = 128
+"""Rows for each expert, on average, from which on a packed copy gains nothing on a CPU."""
+
+_SAMPLES = 8
+
+
+def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort choices of experts by expert.
+
+    Args:
+        index: the experts of each token, (tokens, k).
+        experts: how many there are.
+
+    Returns:
+        rows: the token of each choice, in the order of experts.
+        offsets: int32, where the choices of each expert end.
+        place: where each choice, in the order of tokens, was sorted to.
+    """
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    numbers = torch.arange(experts, device=index.device, dtype=index.dtype)
+    offsets = torch.searchsorted(flat[order], numbers, right=True, out_int32=True)
+    return order // index.shape[-1], offsets, order.argsort()
+
+
+def combine(results: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+    """The weighted sum of what the experts of each token gave.
+
+    A sum over each token's own choices, in their order: equal in every run, unlike atomic adds.
+    """
+    chosen = results[place].view(*weight.shape, -1)
+    return (chosen * weight.unsqueeze(-1)).sum(-2).to(results.dtype)
+
+
+@torch.library.custom_op("cachepass::grouped_linear", mutates_args=())
+def _grouped_linear(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """Row by row, the linear layer of the expert that the row belongs to.
+
+    Args:
+        x: (tokens, in) if there are `rows`, else (choices, in), sorted by expert.
+        rows: the row of `x` for each choice; they are gathered on the way.
+        offsets: int32, where the choices of each expert end.
+        weights: (out, in) for each expert.
+        biases: (out,) for each expert, or none.
+    """
+    choices = x.shape[0] if rows is None else rows.shape[0]
+    if x.is_cuda and _has_triton():
+        from cachepass.moe.triton_kernel import triton_grouped_linear
+
+        return triton_grouped_linear(x, rows, offsets, weights, biases)
+    gathered = x if rows is None else x[rows]
+    packs = x.is_cuda or choices < PACK_BELOW * len(weights)
+    if packs and _packable(gathered, weights[0]):
+        out = F.grouped_mm(gathered, _packed(weights), offs=offsets)
+        if biases:
+            counts = offsets.diff(prepend=offsets.new_zeros(1))
+            out += torch.stack(list(biases)).repeat_interleave(
+                counts, dim=0, output_size=choices
+            )
+        return out
+    return _one_by_one(gathered, offsets.tolist(), weights, biases)
+
+
+@_grouped_linear.register_fake
+def _(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    return x.new_empty((x if rows is None else rows).shape[0], weights[0].shape[0])
+
+
+grouped_linear = torch.ops.cachepass.grouped_linear.default
+"""As a graph calls it."""
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _one_by_one(
+    x: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> Tensor:
+    out = x.new_empty(x.shape[0], weights[0].shape[0])
+    start = 0
+    for i, end in enumerate(ends):
+        if end > start:
+            torch.mm(x[start:end], weights[i].t(), out=out[start:end])
+            if biases:
+                out[start:end] += biases[i]
+        start = end
+    return out
+
+
+# ------------------------------------------------------------------------------ packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pack:
+    """The weights of all experts, (experts, in, out), and what they were taken from."""
+
+    weights: Tensor
+    sources: Sequence[weakref.ref[Tensor]]
+    state: Sequence[tuple[int, int]]
+    views: Sequence[Tensor]
+    """A few elements of each weight, where they lie."""
+    samples: Tensor
+    """Their values when the weights were packed."""
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether nothing was written to or replaced since.
+
+        Writes through `.data` count no version, and adapters are fused so: hence the samples.
+        """
+        same = len(weights) == len(self.sources) and all(
+            source() is weight for source, weight in zip(self.sources, weights, strict=True)
+        )
+        return (
+            same
+            and _state(weights) == self.state
+            and torch.equal(torch.cat(list(self.views)), self.samples)
+        )
+
+
+_PACKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the weight of the first expert: the copy goes when the model does."""
+
+
+def _packable(x: Tensor, weight: Tensor) -> bool:
+    """What `grouped_mm` takes: aligned rows, and the dtypes that it is there for."""
+    dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape)
+    # Inference tensors count no versions, so that a copy of them might be stale.
+    return x.dtype == weight.dtype and x.dtype in dtypes and aligned and not weight.is_inference()
+
+
+def _packed(weights: Sequence[Tensor]) -> Tensor:
+    pack: _Pack | None = _PACKS.get(weights[0])
+    if pack is None or not pack.holds(weights):
+        count = min(_SAMPLES, weights[0].numel())
+        step = max(1, weights[0].numel() // count - 1)
+        views = [torch.as_strided(weight.detach(), (count,), (step,)) for weight in weights]
+        pack = _Pack(
+            weights=torch.stack([weight.detach().t() for weight in weights]),
+            sources=[weakref.ref(weight) for weight in weights],
+            state=_state(weights),
+            views=views,
+            samples=torch.cat(views),
+        )
+        _PACKS[weights[0]] = pack
+    return pack.weights
+
+
+def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(weight.data_ptr(), weight._version) for weight in weights]

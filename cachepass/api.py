@@ -186,7 +186,7 @@ class CachedModule(OptimizedModule):
             isolate_recompiles=True,
         )
         shadow = Shadow(model)
-        compiled = capturing(shadow.module)
+        compiled: Any = capturing(shadow.module)
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
         vars(self).update(denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance)
@@ -230,7 +230,8 @@ class CachedModule(OptimizedModule):
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
         if self.shadow.refresh():
-            vars(self)["forward"] = self._capturing(self.shadow.module).forward
+            compiled: Any = self._capturing(self.shadow.module)
+            vars(self)["forward"] = compiled.forward
         try:
             with torch.no_grad(), floats:
                 return super().__call__(*args, **kwargs)

@@ -1,8 +1,8 @@
 """What an expert computes, as a program for the rows of all experts at once.
 
-An expert is traced with torch.fx. If it is made of linear layers and of operations without weights, the
-linear ones become `grouped_linear` and the others stay: they work row by row (which the
-matcher checks by running it), so that the experts' rows may lie in one tensor.
+An expert is traced with torch.fx. If it is made of linear layers and of operations without
+weights, the linear ones become `grouped_linear` and the others stay: they work row by row (which
+the matcher checks by running it), so that the experts' rows may lie in one tensor.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A linear layer for each expert, over rows that are sorted by expert, as one operation.
 
-What a routed layer computes is `route`, experts in which each linear layer is `grouped_linear` (what
-lies between works on rows, and on all of them at once), and `combine`. None of it looks at data
-on the host, so a capture holds it whole. How the product is computed depends on where it runs:
+What a routed layer computes is `route`, experts in which each linear layer is `grouped_linear`
+(what lies between works on rows, and on all of them at once), and `combine`. To a capture none of
+it looks at data, so it is held whole. How the product is computed depends on where it runs:
 
 - CPU, many rows for each expert: one product after another with the experts' own weights.
 - CPU, few rows: `torch.nn.functional.grouped_mm` on a packed copy of the weights, since with
@@ -13,6 +13,7 @@ on the host, so a capture holds it whole. How the product is computed depends on
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import weakref
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def _grouped_linear(
         biases: (out,) for each expert, or none.
     """
     choices = x.shape[0] if rows is None else rows.shape[0]
-    if x.is_cuda and _has_triton():
+    if x.is_cuda and _kernel_takes(x, weights):
+        # Triton is there on a machine with CUDA alone.
         from cachepass.moe.triton_kernel import triton_grouped_linear
 
         return triton_grouped_linear(x, rows, offsets, weights, biases)
@@ -85,9 +87,7 @@ def _grouped_linear(
         out = F.grouped_mm(gathered, _packed(weights), offs=offsets)
         if biases:
             counts = offsets.diff(prepend=offsets.new_zeros(1))
-            out += torch.stack(list(biases)).repeat_interleave(
-                counts, dim=0, output_size=choices
-            )
+            out += torch.stack(list(biases)).repeat_interleave(counts, dim=0, output_size=choices)
         return out
     return _one_by_one(gathered, offsets.tolist(), weights, biases)
 
@@ -107,6 +107,13 @@ grouped_linear = torch.ops.cachepass.grouped_linear.default
 """As a graph calls it."""
 
 
+def _kernel_takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    alike = all(w.stride() == weights[0].stride() and w.dtype == x.dtype for w in weights)
+    return alike and x.dtype in dtypes and _has_triton()
+
+
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

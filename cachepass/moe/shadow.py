@@ -1,10 +1,10 @@
 """A second tree of modules over the same weights, in which layers of routed experts run as one.
 
-The user's module stays as it is: no class is patched, no forward replaced. Only the modules on the way
-to a layer of routed experts are made anew, as shallow copies; everything else, and every
-dictionary of parameters, buffers and hooks, is the user's own. So `.to()`, a weight that is written to or
-replaced and a module exchanged elsewhere are seen at once. Attributes of copied modules are carried
-over when they change, and where a module among them is exchanged, the tree is built again.
+The user's module stays as it is: no class is patched, no forward replaced. Only the modules on
+the way to a layer of routed experts are made anew, as shallow copies; everything else, and every
+dictionary of parameters, buffers and hooks, is the user's own. So `.to()`, a weight that is written
+to or replaced and a module exchanged elsewhere are seen at once. Attributes of copied modules are
+carried over when they change, and where a module among them is exchanged, the tree is built again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Shadow:
                 copies[parent]._modules[name] = shadow
         self.module = copies.get("", self._model)
         self.batched, self.refused = sorted(matches), dict(refused)
-        self._copies = [(modules[p], shadow, dict(vars(modules[p]))) for p, shadow in copies.items()]
+        self._copies = [
+            (modules[p], shadow, dict(vars(modules[p]))) for p, shadow in copies.items()
+        ]
         # What was taken for routed experts once is watched on: an adapter may come off again.
         self._known |= {*matches, *refused}
         known = [path for path in self._known if path in modules]

@@ -25,7 +25,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench frontier peers lint types format
+.PHONY: help demo test test-full bench bench-moe frontier peers lint types format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test-full: $(READY) ## every test, with the large compiled matrices
 
 bench: $(READY) ## measure speed and quality
 	$(PY) -m benchmarks.bench
+
+bench-moe: $(READY) ## measure routed experts as one operation, on a GPU too where there is one
+	$(PY) -m benchmarks.moe
 
 frontier: $(READY) ## measure every policy over a range of its main knob: about an hour
 	$(PY) -m benchmarks.frontier

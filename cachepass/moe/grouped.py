@@ -4,9 +4,9 @@ What a routed layer computes is `route`, experts in which each linear layer is `
 (what lies between works on rows, and on all of them at once), and `combine`. To a capture none of
 it looks at data, so it is held whole. How the product is computed depends on where it runs:
 
-- CPU, many rows for each expert: one product after another with the experts' own weights.
-- CPU, few rows: `torch.nn.functional.grouped_mm` on a packed copy of the weights, since with
-  few rows most of the time is spent on laying weights out for the product (docs/moe.md).
+- CPU: one product after another, over the experts that have rows. Where they have few, most of
+  the time would go into laying weights out for the product: then a packed copy is used, which is
+  kept. `torch.nn.functional.grouped_mm` does the same there, for empty experts too (docs/moe.md).
 - CUDA: the Triton kernel, which reads the weights through a list of pointers. Without Triton,
   `grouped_mm` on a packed copy.
 """
@@ -54,7 +54,7 @@ def combine(results: Tensor, place: Tensor, weight: Tensor) -> Tensor:
 
     A sum over each token's own choices, in their order: equal in every run, unlike atomic adds.
     """
-    chosen = results[place].view(*weight.shape, -1)
+    chosen = results.index_select(0, place).view(*weight.shape, -1)
     return (chosen * weight.unsqueeze(-1)).sum(-2).to(results.dtype)
 
 
@@ -81,15 +81,20 @@ def _grouped_linear(
         from cachepass.moe.triton_kernel import triton_grouped_linear
 
         return triton_grouped_linear(x, rows, offsets, weights, biases)
-    gathered = x if rows is None else x[rows]
-    packs = x.is_cuda or choices < PACK_BELOW * len(weights)
-    if packs and _packable(gathered, weights[0]):
-        out = F.grouped_mm(gathered, _packed(weights), offs=offsets)
+    gathered = x if rows is None else x.index_select(0, rows)
+    if x.is_cuda and _packable(gathered, weights[0]):
+        out = F.grouped_mm(gathered, _packed(weights).weights, offs=offsets)
         if biases:
             counts = offsets.diff(prepend=offsets.new_zeros(1))
-            out += torch.stack(list(biases)).repeat_interleave(counts, dim=0, output_size=choices)
+            every = torch.stack(list(biases))
+            out += every.repeat_interleave(counts, dim=0, output_size=choices)
         return out
-    return _one_by_one(gathered, offsets.tolist(), weights, biases)
+    few = choices < PACK_BELOW * len(weights)
+    if few and not x.is_cuda and _packable(gathered, weights[0]):
+        right = _packed(weights).right
+    else:
+        right = [weight.t() for weight in weights]
+    return _one_by_one(gathered, offsets, right, biases)
 
 
 @_grouped_linear.register_fake
@@ -119,16 +124,18 @@ def _has_triton() -> bool:
 
 
 def _one_by_one(
-    x: Tensor, ends: Sequence[int], weights: Sequence[Tensor], biases: Sequence[Tensor]
+    x: Tensor, offsets: Tensor, right: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    out = x.new_empty(x.shape[0], weights[0].shape[0])
-    start = 0
-    for i, end in enumerate(ends):
-        if end > start:
-            torch.mm(x[start:end], weights[i].t(), out=out[start:end])
-            if biases:
-                out[start:end] += biases[i]
-        start = end
+    out = x.new_empty(x.shape[0], right[0].shape[1])
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    parts = zip(x.split(counts), out.split(counts), right, strict=True)
+    for i, (given, result, weight) in enumerate(parts):
+        if not counts[i]:
+            continue
+        if biases:
+            torch.addmm(biases[i], given, weight, out=result)
+        else:
+            torch.mm(given, weight, out=result)
     return out
 
 
@@ -140,6 +147,8 @@ class _Pack:
     """The weights of all experts, (experts, in, out), and what they were taken from."""
 
     weights: Tensor
+    right: Sequence[Tensor]
+    """Of each expert, as the right side of a product."""
     sources: Sequence[weakref.ref[Tensor]]
     state: Sequence[tuple[int, int]]
     views: Sequence[Tensor]
@@ -167,28 +176,30 @@ _PACKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _packable(x: Tensor, weight: Tensor) -> bool:
-    """What `grouped_mm` takes: aligned rows, and the dtypes that it is there for."""
-    dtypes = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float32)
+    """Whether a copy can be kept, and on CUDA whether `grouped_mm` takes it."""
+    if weight.is_inference() or x.dtype != weight.dtype:
+        return False  # inference tensors count no versions: a copy of them might be stale
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape)
-    # Inference tensors count no versions, so that a copy of them might be stale.
-    return x.dtype == weight.dtype and x.dtype in dtypes and aligned and not weight.is_inference()
+    return not x.is_cuda or (x.dtype == torch.bfloat16 and aligned)
 
 
-def _packed(weights: Sequence[Tensor]) -> Tensor:
+def _packed(weights: Sequence[Tensor]) -> _Pack:
     pack: _Pack | None = _PACKS.get(weights[0])
     if pack is None or not pack.holds(weights):
         count = min(_SAMPLES, weights[0].numel())
         step = max(1, weights[0].numel() // count - 1)
         views = [torch.as_strided(weight.detach(), (count,), (step,)) for weight in weights]
+        stacked = torch.stack([weight.detach().t() for weight in weights])
         pack = _Pack(
-            weights=torch.stack([weight.detach().t() for weight in weights]),
+            weights=stacked,
+            right=stacked.unbind(),
             sources=[weakref.ref(weight) for weight in weights],
             state=_state(weights),
             views=views,
             samples=torch.cat(views),
         )
         _PACKS[weights[0]] = pack
-    return pack.weights
+    return pack
 
 
 def _state(weights: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -84,7 +84,8 @@ class Shadow:
     def explain(self) -> Iterator[str]:
         """What became of the layers that look like routed experts, for a report."""
         if self.batched:
-            yield f"the experts of {len(self.batched)} layers run as one, such as {self.batched[0]}"
+            count, first = len(self.batched), self.batched[0] or "the model"
+            yield f"the experts of {count} layers run as one, such as {first}"
         for path, why in self.refused.items():
             yield f"the experts of {path} are left alone: {why}"
 

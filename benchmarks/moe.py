@@ -69,6 +69,7 @@ def measure_layers(rounds: int, progress: Progress, *, compiled: bool) -> Result
     if compiled:
         cases = [case for case in cases if case[1] == EXPERTS[-1]]
     for width, experts, dtype in cases:
+        torch.compiler.reset()  # the loop's pieces are compiled anew for each number of rows
         layer = _layer(width, experts, dtype)
         shadow = Shadow(layer)
         assert shadow.batched, list(shadow.explain())

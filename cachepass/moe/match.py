@@ -158,13 +158,13 @@ def prove(module: nn.Module, gate: str, experts: str, program: Program) -> Match
     Raises:
         ValueError: why nothing that was tried agrees with its forward.
     """
-    own = _random_copy(module)
-    added = [n for n, c in own.named_children() if n not in (gate, experts) and _has_weights(c)]
+    added = [n for n, c in module.named_children() if n not in (gate, experts) and _has_weights(c)]
     generator = torch.Generator().manual_seed(0)
     probes = [torch.randn(2, 12, program.width, generator=generator)]
     probes.append(torch.randn(1, 1, program.width, generator=generator))
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
+            own = _random_copy(module)
             expected = [own(probe) for probe in probes]
             output = getattr(own, gate)(probes[0])
         except Exception as error:  # the user's code, called as it may not be meant to be

@@ -1,13 +1,9 @@
 """The grouped linear layer as one Triton kernel over tiles of unequal tasks.
 
-Each expert with rows is a task, cut into tiles of up to 128 rows by 128 columns. A *task map* (see
-`task_map`), computed on the device, tells a program which tile it works on; a fixed number of
+The task map (`cachepass.moe.task_map`) tells a program which tile it works on; a fixed number of
 programs takes the tiles in turns. So one launch serves every load, and an empty expert costs
 nothing. Rows of `x` are gathered through their index, never permuted in memory, and weights are
 read where they lie, through a list of pointers: no stacked copy.
-
-Static batching of irregular work, arXiv 2501.16103. Heights are powers of two here, as Triton
-wants them.
 """
 
 from __future__ import annotations
@@ -21,50 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachepass.errors import CachePassError
-
-MOST_EXPERTS = 1024
-"""What a task map holds: one program looks at all of it at once."""
-
-COLUMNS = 128
-"""Of a tile. With 256, as in the paper, tiles of 128 rows overflow the registers of sm_90."""
+from cachepass.moe.task_map import COLUMNS, task_map
 
 _INTERPRETED_PROGRAMS = 4
-
-
-def task_map(offsets: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tiles there are, without a look at data on the host.
-
-    Args:
-        offsets: where the rows of each expert end.
-        columns: how many columns a result has.
-
-    Returns:
-        prefix: int32, how many tiles the non-empty experts have up to each of them, padded with
-            the total to a power of two. Tile t is of task ``number of entries <= t``.
-        task: the expert of each entry.
-        height: rows of a tile, for each expert.
-
-    Raises:
-        CachePassError: more experts than the map holds.
-    """
-    experts = offsets.shape[0]
-    if experts > MOST_EXPERTS:
-        raise CachePassError(
-            f"a layer has {experts} routed experts: the task map of the kernel holds at most "
-            f"{MOST_EXPERTS}. Split the layer, or leave it as it is (docs/moe.md)"
-        )
-    sizes = offsets.diff(prepend=offsets.new_zeros(1))
-    height = torch.full_like(sizes, 16)
-    for limit in (16, 32, 64):
-        height = torch.where(sizes > limit, 2 * limit, height)
-    tiles = (sizes + height - 1) // height * math.ceil(columns / COLUMNS)
-    # The non-empty first, in their order; the empty ones behind add nothing.
-    task = (sizes == 0).to(torch.int8).argsort(stable=True).to(torch.int32)
-    prefix = tiles[task].cumsum(0).to(torch.int32)
-    padding = _map_size(experts) - experts
-    total = prefix[-1:].expand(padding)
-    return torch.cat([prefix, total]), torch.cat([task, task[:1].expand(padding)]), height
 
 
 def triton_grouped_linear(
@@ -97,7 +52,7 @@ def triton_grouped_linear(
         weights[0].stride(0),
         weights[0].stride(1),
         wave=max(1, round(math.sqrt(programs * COLUMNS / 128))),
-        entries=_map_size(len(weights)),
+        entries=prefix.shape[0],
         gathers=rows is not None,
         biased=bool(biases),
         columns_tile=COLUMNS,
@@ -106,10 +61,6 @@ def triton_grouped_linear(
         num_stages=3,
     )
     return out
-
-
-def _map_size(experts: int) -> int:
-    return max(2, 1 << (experts - 1).bit_length())
 
 
 def _pointers(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench bench-rows frontier peers lint types format
+.PHONY: help demo test test-full bench bench-rows bench-moe frontier peers lint types format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ bench: $(READY) ## measure speed and quality
 
 bench-rows: $(READY) ## measure decisions for each row and continuous batching: half an hour
 	$(PY) -m benchmarks.rows
+
+bench-moe: $(READY) ## measure routed experts as one operation, on a GPU too where there is one
+	$(PY) -m benchmarks.moe
 
 frontier: $(READY) ## measure every policy over a range of its main knob: about an hour
 	$(PY) -m benchmarks.frontier

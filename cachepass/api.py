@@ -26,6 +26,7 @@ from cachepass.ir.printer import format_graph
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler, lower
 from cachepass.lowering.shapes import slots_of_a_row
+from cachepass.moe.shadow import Shadow
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
@@ -181,6 +182,7 @@ class CachedModule(OptimizedModule):
     dynamic: bool | None
     guidance: Guidance | None
     lowering: Lowering
+    shadow: Shadow
 
     def __init__(
         self,
@@ -201,18 +203,20 @@ class CachedModule(OptimizedModule):
         marked = "_is_torch_compile" in vars(model)
         # Isolated: two models of equal config would share dynamo's entries otherwise, and
         # weights are inputs of the graph.
-        compiled = torch.compile(  # type: ignore[call-overload]
-            model,
+        capturing = functools.partial(
+            torch.compile,
             backend=backend,
             fullgraph=True,
             dynamic=dynamic,
             isolate_recompiles=True,
         )
+        shadow = Shadow(model)
+        compiled: Any = capturing(shadow.module)
         super().__init__(model, compiled.dynamo_ctx)
         # Plain assignment would end up on the user's module, as this flag of torch.compile did.
         vars(self).update(
             denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
-            lowering=lowering,
+            lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
         )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
@@ -257,6 +261,9 @@ class CachedModule(OptimizedModule):
             args, kwargs = _with_rows_open(args, kwargs, latent.shape[0])
             # Equal sizes get symbols of their own: what has to be equal shows in the graph.
             sizes = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # added late
+        if self.shadow.refresh():
+            compiled: Any = self._capturing(self.shadow.module)
+            vars(self)["forward"] = compiled.forward
         try:
             with torch.no_grad(), floats, sizes:
                 return super().__call__(*args, **kwargs)
@@ -425,7 +432,12 @@ def report(model: Any) -> Report:
         owner = model.owner
         assert isinstance(owner, Denoiser)
         return report_of(owner, only=model.history)
-    return merged({name: report_of(c.denoiser) for name, c in _cached(model).items()})
+    return merged(
+        {
+            name: report_of(cached.denoiser, notes=cached.shadow.explain())
+            for name, cached in _cached(model).items()
+        }
+    )
 
 
 def dump(model: Any, folder: str | os.PathLike[str]) -> list[pathlib.Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cachepass.ir.boundary import Signal, Site
 from cachepass.pass_manager import Pass
+from cachepass.passes.batch_experts import BatchExperts as BatchExperts
 from cachepass.passes.eliminate_dead_cache import (
     EliminateDeadCache as EliminateDeadCache,
 )
@@ -23,6 +24,8 @@ from cachepass.passes.outline_regions import OutlineRegions as OutlineRegions
 def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tuple[Pass, ...]:
     """The passes for a policy that declares these sites and signals, in order."""
     return (
+        # Before anything is told by what it computes: an expert's rows move between blocks' nodes.
+        BatchExperts(),
         MarkBoundaries(),
         # Slots and conditionals are told how they carry rows as they are made.
         MarkRows(),

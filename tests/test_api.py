@@ -191,7 +191,7 @@ def test_dump(tmp_path: Path) -> None:
     assert "decide()" in text
     assert "if not reused 'step'" in text
     numbered = sorted(p.name for p in (tmp_path / "passes").rglob("*.txt"))
-    assert numbered[0] == "00-mark-boundaries.txt"
+    assert numbered[0] == "00-batch-experts.txt"
     assert numbered[-1].endswith("outline-regions.txt")
     last = next(iter((tmp_path / "passes").rglob(numbered[-1])))
     assert last.read_text(encoding="utf-8") == text
@@ -200,7 +200,7 @@ def test_dump(tmp_path: Path) -> None:
 def test_dump_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHEPASS_DUMP", str(tmp_path))
     _toy(policy="compute")(**TOY.example())
-    assert list(tmp_path.rglob("00-mark-boundaries.txt"))
+    assert list(tmp_path.rglob("00-batch-experts.txt"))
 
 
 def test_report_before_and_after() -> None:
@@ -238,7 +238,7 @@ def test_the_wrapper_is_the_module() -> None:
 
 def test_the_pipeline_is_visible() -> None:
     names = [p.name for p in default_pipeline((), ())]
-    assert names[0] == "mark-boundaries"
+    assert names[:2] == ["batch-experts", "mark-boundaries"]
     assert names[-1] == "outline-regions"
     assert len(set(names)) == len(names)
 

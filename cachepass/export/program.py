@@ -35,7 +35,7 @@ from cachepass.lowering.functional import Entry, Functional, functionalize, iden
 from cachepass.lowering.rule import BRANCHES, where_it_stands
 from cachepass.lowering.shapes import latent_in, slot_shapes
 from cachepass.pass_manager import run_passes
-from cachepass.passes import default_pipeline
+from cachepass.passes import BatchExperts, default_pipeline
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.policy import Policy
 
@@ -85,7 +85,10 @@ def program_of(
         )
     open_sizes = open_sizes_of(example_inputs, dynamic_shapes or {})
     gm, args = capture.capture_call(model, example_inputs, open_sizes)
-    gm = run_passes(gm, default_pipeline(policy.sites, policy.signals())).graph_module
+    passes = default_pipeline(policy.sites, policy.signals())
+    # A program that runs elsewhere has no operation of ours.
+    passes = tuple(p for p in passes if not isinstance(p, BatchExperts))
+    gm = run_passes(gm, passes).graph_module
     program = _Program(gm, _functional(gm, policy), args, model)
     numbers = {name: torch.tensor(value) for name, value in _FIRST_CALL.items()}
     given = {name: args[i] for name, i in program.inputs.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cachepass.runtime.denoiser import Denoiser
@@ -73,12 +73,13 @@ def report_of(
     denoiser: Denoiser,
     *,
     only: History | None = None,
+    notes: Iterable[str] = (),
 ) -> Report:
-    """The report of a denoiser, or of one of its requests."""
+    """The report of a denoiser, or of one of its requests; `notes` say more of the model."""
     layout = denoiser.programs[-1].inputs.layout if denoiser.programs else None
     kinds = collections.Counter(s.kind.value for s in layout.sublayers) if layout else {}
     requests = [only] if only is not None else denoiser.requests
-    notes = list(denoiser.policy.notes)
+    notes = [*denoiser.policy.notes, *notes]
     notes += [f"{what}: {why}" for what, why in (layout.missing if layout else {}).items()]
     if not denoiser.programs:
         notes.append("nothing was captured yet: the first call does that")

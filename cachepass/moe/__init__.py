@@ -1,0 +1,1 @@
+"""Layers of routed experts: found before capture, and computed as one operation."""

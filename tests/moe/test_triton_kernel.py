@@ -1,0 +1,61 @@
+"""The kernel in Triton's interpreter, against a loop; in a process of its own.
+
+Triton reads whether to interpret when it is imported, and torch looks for Triton, too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+COMPARE = """
+import torch
+import torch.nn.functional as F
+
+from cachepass.moe.grouped import route
+from cachepass.moe.triton_kernel import triton_grouped_linear
+
+torch.manual_seed(0)
+EXPERTS, INNER, COLUMNS = 6, 40, 136  # neither is a multiple of a tile
+LOADS = {
+    "balanced": [24] * 6,
+    "one heavy": [300, 1, 1, 1, 1, 1],
+    "empty": [0, 5, 0, 17, 60, 0],
+    "single rows": [1] * 6,
+    "heights": [16, 17, 33, 65, 129, 0],
+}
+for name, sizes in LOADS.items():
+    flat = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
+    flat = flat[torch.randperm(len(flat))]
+    for biased in (False, True):
+        x = torch.randn(len(flat), INNER)
+        weights = [torch.randn(COLUMNS, INNER) for _ in range(EXPERTS)]
+        biases = [torch.randn(COLUMNS) for _ in range(EXPERTS)] if biased else []
+        rows, offsets, _ = route(flat[:, None], EXPERTS)
+        got = triton_grouped_linear(x, rows, offsets, weights, biases)
+        start = 0
+        for i, end in enumerate(offsets.tolist()):
+            wanted = F.linear(x[rows[start:end]], weights[i], biases[i] if biased else None)
+            torch.testing.assert_close(got[start:end], wanted, rtol=1e-4, atol=1e-4, msg=name)
+            start = end
+        again = triton_grouped_linear(x[rows], None, offsets, weights, biases)
+        assert torch.equal(again, got), name
+print("equal")
+"""
+
+
+def test_equals_the_loop() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # Compile, and look inside.
 from cachepass.api import (
-    CachedModule as CachedModule,
     compile as compile,
     dump as dump,
     report as report,
@@ -14,6 +13,7 @@ from cachepass.api import (
     session as session,
 )
 from cachepass.calibrate import calibrate as calibrate
+from cachepass.compiled import CachedModule as CachedModule
 from cachepass.errors import (
     CachePassError as CachePassError,
     CaptureError as CaptureError,

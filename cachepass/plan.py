@@ -15,6 +15,7 @@ from torch import nn
 from cachepass import capture
 from cachepass.ir.boundary import layout_of
 from cachepass.lowering.shapes import slots_of_a_row
+from cachepass.moe.shadow import Shadow
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
@@ -113,7 +114,7 @@ def plan(
         CaptureError: the call cannot be captured.
     """
     chosen = for_model(resolve(policy, options), model)
-    gm, _ = capture.capture_call(model, example_inputs, {})
+    gm, _ = capture.capture_call(Shadow(model).module, example_inputs, {})
     gm = run_passes(gm, default_pipeline(chosen.sites, chosen.signals())).graph_module
     layout, storage = layout_of(gm), Storage(dtype=cache_dtype)
     return Plan(

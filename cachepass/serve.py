@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from cachepass import api
+from cachepass.compiled import CachedModule
 from cachepass.errors import CachePassError
 from cachepass.plan import plan
 from cachepass.runtime.guidance import latent_among
@@ -73,7 +74,7 @@ class Batcher:
     """
 
     def __init__(
-        self, model: api.CachedModule, *, max_rows: int = 4, max_cache_bytes: int | None = None
+        self, model: CachedModule, *, max_rows: int = 4, max_cache_bytes: int | None = None
     ) -> None:
         if max_rows < 1:
             raise CachePassError(f"`max_rows`={max_rows}: must be at least 1")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cachepass import api
+from cachepass.compiled import CachedModule
 from cachepass.errors import CachePassError
 from cachepass.ir.boundary import Signal, Site
 from cachepass.runtime.policies import AnyPolicy
@@ -129,12 +130,12 @@ class Runs:
         return latent
 
     @contextlib.contextmanager
-    def compiled(self, policy: AnyPolicy) -> Iterator[list[api.CachedModule]]:
+    def compiled(self, policy: AnyPolicy) -> Iterator[list[CachedModule]]:
         """The pipeline's denoisers under a policy."""
         api.compile(self.pipe, policy=policy, inner="eager")
         try:
             found = self.pipe.components.values()
-            yield [module for module in found if isinstance(module, api.CachedModule)]
+            yield [module for module in found if isinstance(module, CachedModule)]
         finally:
             api.restore(self.pipe)
 

@@ -1,0 +1,110 @@
+"""From dynamo's graph to a program: capture, then passes, then lowering, read top to bottom."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from cachepass import capture
+from cachepass.errors import CachePassError, PolicyError
+from cachepass.ir.boundary import layout_of
+from cachepass.lowering.graph import GraphCompiler
+from cachepass.lowering.regions import RegionCompiler, lower
+from cachepass.lowering.shapes import slots_of_a_row
+from cachepass.observe import dump_to
+from cachepass.pass_manager import run_passes
+from cachepass.passes import default_pipeline
+from cachepass.runtime.denoiser import Denoiser
+from cachepass.runtime.policies import for_model, resolve
+from cachepass.runtime.program import Driver, Program
+from cachepass.runtime.storage import Storage
+
+Inner = Literal["inductor", "eager"]
+
+
+def dump_folder() -> str | None:
+    """Where graphs are dumped if nobody says it in code."""
+    return os.environ.get("CACHEPASS_DUMP") or None
+
+
+def backend_of(
+    denoiser: Denoiser,
+    compiler: RegionCompiler | GraphCompiler,
+    inner: Inner,
+    dump: str | os.PathLike[str] | None,
+    parameters: Sequence[str],
+) -> Callable[[fx.GraphModule, Sequence[Any]], Program]:
+    """The backend that dynamo hands a captured call to."""
+
+    def lower_program(gm: fx.GraphModule, args: Sequence[Any]) -> Driver:
+        if isinstance(compiler, GraphCompiler):
+            driver = compiler(gm, args, denoiser.policy)
+        elif inner == "eager":
+            return Driver(gm.forward)
+        else:
+            driver = lower(gm, args, compiler)
+        denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
+        return driver
+
+    def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
+        gm = capture.own_graph(captured, parameters)
+        policy = denoiser.policy
+        passes = default_pipeline(policy.sites, policy.signals())
+        number = len(denoiser.programs)  # a new shape may be a new graph
+        observers = []
+        if dump is not None:
+            observers = [dump_to(pathlib.Path(dump, f"graph{number}") if number else dump)]
+        result = run_passes(gm, passes, observers=observers)
+        if denoiser.storage.max_bytes is not None:
+            _measure_slots(result.graph_module, denoiser.storage)
+        program = Program(denoiser, result.graph_module, lower_program)
+        denoiser.programs.append(program)
+        return program
+
+    return cachepass
+
+
+def _measure_slots(gm: fx.GraphModule, storage: Storage) -> None:
+    layout = layout_of(gm)
+    for name, (shape, dtype) in slots_of_a_row(gm).items():
+        kept_in = storage.dtype_of(layout.slots[name], dtype)
+        layout.slot_bytes[name] = shape.numel() * kept_in.itemsize
+
+
+def torch_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="cachepass", fullgraph=True, options={"policy": ...})``.
+
+    Steps and branches are read off the calls: one request at a time, under `torch.no_grad`.
+    Options are those of the policy, and `num_inference_steps` for policies that need it.
+    """
+    fields = dict(options or {})
+    num_steps = fields.pop("num_inference_steps", None)
+    chosen = resolve(fields.pop("policy", "mixcache"), fields)
+    policy = for_model(chosen, None)
+    if policy.trigger.needs_num_steps and num_steps is None:
+        raise PolicyError(
+            f"policy {policy.name!r} needs the number of steps of a request: add "
+            '"num_inference_steps" to the options'
+        )
+    denoiser = Denoiser(policy, num_steps, described=repr(chosen))
+    backend = backend_of(denoiser, RegionCompiler(), "inductor", dump_folder(), ())
+    program = backend(gm, example_inputs)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise CachePassError(
+                "gradients are on: cachepass is for inference, and a reused value has no "
+                "gradient. Call the model under torch.no_grad()"
+            )
+        return program(*args)
+
+    return call

@@ -1,0 +1,172 @@
+"""What `compile` returns for a module."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch.fx.experimental import _config
+from torch.utils._pytree import tree_map
+
+from cachepass import capture
+from cachepass.backend import Inner, backend_of
+from cachepass.errors import CachePassError
+from cachepass.lowering.graph import GraphCompiler
+from cachepass.lowering.regions import RegionCompiler
+from cachepass.moe.shadow import Shadow
+from cachepass.runtime.denoiser import HINT, Denoiser, Hint
+from cachepass.runtime.guidance import (
+    CONCATENATED,
+    Arguments,
+    Guidance,
+    halves,
+    join,
+    latent_among,
+)
+from cachepass.runtime.policies import AnyPolicy, for_model
+from cachepass.runtime.storage import Storage
+
+Lowering = Literal["regions", "graph"]
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class CachedModule(OptimizedModule):
+    """A denoiser with a cache inside; everything else is the user's module, unchanged."""
+
+    denoiser: Denoiser
+    clocked: list[Denoiser]
+    dynamic: bool | None
+    guidance: Guidance | None
+    lowering: Lowering
+    shadow: Shadow
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        policy: AnyPolicy,
+        lowering: Lowering,
+        mode: str | None,
+        dynamic: bool | None,
+        guidance: Guidance | None,
+        inner: Inner,
+        storage: Storage,
+        dump: str | os.PathLike[str] | None,
+    ) -> None:
+        denoiser = Denoiser(for_model(policy, model), described=repr(policy), storage=storage)
+        lower_to = GraphCompiler(mode, inner) if lowering == "graph" else RegionCompiler(mode)
+        parameters = tuple(inspect.signature(model.forward).parameters)
+        backend = backend_of(denoiser, lower_to, inner, dump, parameters)
+        marked = "_is_torch_compile" in vars(model)
+        # Isolated: two models of equal config would share dynamo's entries otherwise, and
+        # weights are inputs of the graph.
+        capturing = functools.partial(
+            torch.compile,
+            backend=backend,
+            fullgraph=True,
+            dynamic=dynamic,
+            isolate_recompiles=True,
+        )
+        shadow = Shadow(model)
+        compiled: Any = capturing(shadow.module)
+        super().__init__(model, compiled.dynamo_ctx)
+        # Plain assignment would end up on the user's module, as this flag of torch.compile did.
+        vars(self).update(
+            denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
+            lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
+        )  # fmt: skip
+        if not marked:
+            vars(model).pop("_is_torch_compile", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One denoising call, without gradients."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise CachePassError(
+                    "an input requires grad: cachepass is for inference, and a reused value has no "
+                    "gradient. Detach the input, or train with the plain module"
+                )
+        hint = HINT.get()
+        concatenated = self.guidance or (hint is not None and hint.branch == CONCATENATED)
+        if concatenated and self.denoiser.skips_uncond:
+            pair = halves(args, kwargs)
+            if pair is not None:
+                return self._in_turn(*pair)
+        return self._call(args, kwargs)
+
+    def _in_turn(self, first: Arguments, second: Arguments) -> Any:
+        """The two halves of a batch as calls of two branches, the conditional one first."""
+        hint = HINT.get() or Hint("")
+        cond_first = self.guidance == "concat-cond-first"
+        order = ("cond", "uncond") if cond_first else ("uncond", "cond")
+        given = dict(zip(order, (first, second), strict=True))
+        outputs = {}
+        for branch in ("cond", "uncond"):
+            token = HINT.set(dataclasses.replace(hint, branch=branch, half=True))
+            try:
+                outputs[branch] = self._call(*given[branch])
+            finally:
+                HINT.reset(token)
+        return join(*(outputs[branch] for branch in order))
+
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
+        # region can be compiled for.
+        floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
+        latent, sizes = latent_among(args, kwargs), _NOTHING
+        if latent is not None and latent.shape[0] > 1 and self.lowering == "regions":
+            args, kwargs = _with_rows_open(args, kwargs, latent.shape[0])
+            # Equal sizes get symbols of their own: what has to be equal shows in the graph.
+            sizes = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # added late
+        if self.shadow.refresh():
+            compiled: Any = self._capturing(self.shadow.module)
+            vars(self)["forward"] = compiled.forward
+        try:
+            with torch.no_grad(), floats, sizes:
+                return super().__call__(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, CachePassError):
+                raise error.inner_exception from error.inner_exception.__cause__
+            raise
+        except Unsupported as error:
+            raise capture.explain_failure(error, type(self._orig_mod).__name__) from error
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """What diffusers pipelines enter around each call: branch, step and number of steps."""
+        hint = Hint(name, fields.get("step_index"), fields.get("num_inference_steps"))
+        token = HINT.set(hint)
+        try:
+            yield
+        finally:
+            HINT.reset(token)
+
+
+def _with_rows_open(
+    args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments, marked so that a graph is captured with a symbol for the number of rows.
+
+    The user's own tensors are left alone. A place in memory other than the first would become part
+    of what is captured, so such values are copied.
+    """
+
+    def mark(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
+            return value
+        value = value.clone() if value.storage_offset() else value.detach()
+        torch._dynamo.maybe_mark_dynamic(value, 0)
+        return value
+
+    marked: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(mark, (args, kwargs))
+    return marked

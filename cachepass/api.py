@@ -173,8 +173,8 @@ def rows(model: nn.Module, rows: Sequence[Session | Location]) -> Rows:
         with cachepass.rows(model, [a, b, c.row(sample=0), c.row(sample=1)]):
             model(latents, timesteps, texts)  # row by row
 
-    A session that is listed goes on by one step each time it is left without an exception; name
-    the step with `Session.row` if it is another. The branch of the rows is that of the
+    A session that is listed goes on by one step for each `with` that it was called in; name the
+    step with `Session.row` if it is another. The branch of the rows is that of the
     `cache_context` around a call, else the call's place in its step.
 
     Args:

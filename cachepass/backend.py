@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -45,11 +46,13 @@ def backend_of(
         if isinstance(compiler, GraphCompiler):
             driver = compiler(gm, args, denoiser.policy)
         elif inner == "eager":
-            return Driver(gm.forward)
+            driver = Driver(gm.forward)
         else:
             driver = lower(gm, args, compiler)
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
-        return driver
+        if denoiser.storage.max_bytes is None:
+            return driver
+        return dataclasses.replace(driver, slot_bytes=_slot_bytes(gm, args, denoiser.storage))
 
     def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
         gm = capture.own_graph(captured, parameters)
@@ -60,8 +63,6 @@ def backend_of(
         if dump is not None:
             observers = [dump_to(pathlib.Path(dump, f"graph{number}") if number else dump)]
         result = run_passes(gm, passes, observers=observers)
-        if denoiser.storage.max_bytes is not None:
-            _measure_slots(result.graph_module, denoiser.storage)
         program = Program(denoiser, result.graph_module, lower_program)
         denoiser.programs.append(program)
         return program
@@ -69,11 +70,12 @@ def backend_of(
     return cachepass
 
 
-def _measure_slots(gm: fx.GraphModule, storage: Storage) -> None:
-    layout = layout_of(gm)
-    for name, (shape, dtype) in slots_of_a_row(gm).items():
-        kept_in = storage.dtype_of(layout.slots[name], dtype)
-        layout.slot_bytes[name] = shape.numel() * kept_in.itemsize
+def _slot_bytes(gm: fx.GraphModule, args: Sequence[Any], storage: Storage) -> dict[str, int]:
+    slots = layout_of(gm).slots
+    return {
+        name: shape.numel() * storage.dtype_of(slots[name], dtype).itemsize
+        for name, (shape, dtype) in slots_of_a_row(gm, args).items()
+    }
 
 
 def torch_backend(

@@ -14,6 +14,8 @@ from torch.utils import _pytree as pytree
 from cachepass.errors import CaptureError
 from cachepass.ir.graph import module_paths
 
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub"})
+
 
 def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.GraphModule:
     """A copy of dynamo's graph (which dynamo goes on to use) with its inputs labelled.
@@ -58,14 +60,10 @@ def _computation(graph: fx.Graph) -> int:
 
 
 def _constants(node: fx.Node) -> tuple[Any, ...]:
-    """Arguments that are neither tensors nor sizes."""
-    found: list[Any] = []
-    # An int may be a size or not; a float (the scale of an adapter) is none.
-    pytree.tree_map(
-        lambda a: found.append(a) if isinstance(a, float | str | bool) else None,
-        (node.args, node.kwargs),
-    )
-    return tuple(found)
+    """Arguments that are neither tensors nor sizes: an int is one in arithmetic alone."""
+    name = getattr(node.target, "__name__", str(node.target))
+    kinds = (float, str, bool, int) if name in _ARITHMETIC else (float, str, bool)
+    return tuple(a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, kinds))
 
 
 class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone

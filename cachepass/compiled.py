@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.fx.experimental import _config
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachepass import capture
 from cachepass.backend import Inner, backend_of
@@ -49,6 +50,7 @@ class CachedModule(OptimizedModule):
     guidance: Guidance | None
     lowering: Lowering
     shadow: Shadow
+    _marked: WeakTensorKeyDictionary
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class CachedModule(OptimizedModule):
         vars(self).update(
             denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
             lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
+            _marked=WeakTensorKeyDictionary(),
         )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
@@ -125,7 +128,7 @@ class CachedModule(OptimizedModule):
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
         latent, sizes = latent_among(args, kwargs), _NOTHING
         if latent is not None and latent.shape[0] > 1 and self.lowering == "regions":
-            args, kwargs = _with_rows_open(args, kwargs, latent.shape[0])
+            args, kwargs = _with_rows_open(args, kwargs, latent.shape[0], self._marked)
             # Equal sizes get symbols of their own: what has to be equal shows in the graph.
             sizes = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]  # added late
         if self.shadow.refresh():
@@ -153,20 +156,28 @@ class CachedModule(OptimizedModule):
 
 
 def _with_rows_open(
-    args: Sequence[Any], kwargs: Mapping[str, Any], rows: int
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rows: int,
+    marked: WeakTensorKeyDictionary,
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments, marked so that a graph is captured with a symbol for the number of rows.
 
     The user's own tensors are left alone. A place in memory other than the first would become part
-    of what is captured, so such values are copied.
+    of what is captured, so such values are copied. One that comes again gets the same copy again:
+    by that branches are told apart where nobody names them.
     """
 
     def mark(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
             return value
-        value = value.clone() if value.storage_offset() else value.detach()
-        torch._dynamo.maybe_mark_dynamic(value, 0)
-        return value
+        version = 0 if value.is_inference() else value._version
+        before, copy = marked.get(value, (-1, value))
+        if before != version:
+            copy = value.clone() if value.storage_offset() else value.detach()
+            torch._dynamo.maybe_mark_dynamic(copy, 0)
+            marked[value] = version, copy
+        return copy
 
-    marked: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(mark, (args, kwargs))
-    return marked
+    found: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(mark, (args, kwargs))
+    return found

@@ -114,7 +114,7 @@ def plan(
         CaptureError: the call cannot be captured.
     """
     chosen = for_model(resolve(policy, options), model)
-    gm, _ = capture.capture_call(Shadow(model).module, example_inputs, {})
+    gm, args = capture.capture_call(Shadow(model).module, example_inputs, {})
     gm = run_passes(gm, default_pipeline(chosen.sites, chosen.signals())).graph_module
     layout, storage = layout_of(gm), Storage(dtype=cache_dtype)
     return Plan(
@@ -127,6 +127,6 @@ def plan(
                 dtype=storage.dtype_of(layout.slots[name], dtype),
                 across_branches=layout.slots[name].across_branches,
             )
-            for name, (shape, dtype) in slots_of_a_row(gm).items()
+            for name, (shape, dtype) in slots_of_a_row(gm, args).items()
         ),
     )

@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from cachepass import api
 from cachepass.compiled import CachedModule
 from cachepass.errors import CachePassError
-from cachepass.plan import plan
+from cachepass.plan import Plan, plan
 from cachepass.runtime.guidance import latent_among
 from cachepass.runtime.session import Session
 
@@ -81,9 +82,10 @@ class Batcher:
         self._model, self._max_rows, self._max_bytes = model, max_rows, max_cache_bytes
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: list[_Work] = []
-        self._bytes: dict[object, int] = {}
-        """Bytes of a row, by the kind of its calls."""
+        self._plans: dict[object, Plan] = {}
+        """By the kind of a request's calls."""
 
+        self._held = 0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="cachepass-batcher", daemon=True)
@@ -91,6 +93,11 @@ class Batcher:
 
     def submit(self, request: Request, *, num_inference_steps: int) -> Future[Any]:
         """Queue a request; the future gives what it returns, or raises what it raised."""
+        if not isinstance(request, Generator):
+            raise CachePassError(
+                f"`request` is a {type(request).__name__}: it must be a generator, which yields "
+                "the inputs of each step's calls"
+            )
         work = _Work(request, Future(), num_inference_steps)
         with self._changed:
             if self._closed:
@@ -101,8 +108,8 @@ class Batcher:
 
     @property
     def cache_bytes(self) -> int:
-        """What the slots of all running requests hold now."""
-        return sum(w.session.cache_bytes for w in list(self._running) if w.session is not None)
+        """What the slots of all running requests held after the last step."""
+        return self._held
 
     def close(self) -> None:
         """Finish what was submitted, then stop."""
@@ -125,16 +132,26 @@ class Batcher:
     # ------------------------------------------------------------------ in the thread
 
     def _loop(self) -> None:
-        while True:
+        try:
+            while self._wait():
+                for work in [w for w in self._running if w.future.cancelled()]:
+                    self._leave(work)
+                self._admit()
+                self._step()
+                self._held = sum(w.session.cache_bytes for w in self._running if w.session)
+        except BaseException as error:  # none of a request's: nobody is left waiting
             with self._changed:
-                while not (self._waiting or self._running or self._closed):
-                    self._changed.wait()
-                if not (self._waiting or self._running):
-                    return
-            for work in [w for w in self._running if w.future.cancelled()]:
-                self._leave(work)
-            self._admit()
-            self._step()
+                self._closed = True
+            for work in (*self._running, *self._waiting):
+                _fail(work, CachePassError(f"the batcher failed: {error!r}"))
+            raise
+
+    def _wait(self) -> bool:
+        """Until there is work; False if none will come."""
+        with self._changed:
+            while not (self._waiting or self._running or self._closed):
+                self._changed.wait()
+            return bool(self._waiting or self._running)
 
     def _admit(self) -> None:
         """Start requests in the order of their coming, as long as there is room."""
@@ -149,7 +166,9 @@ class Batcher:
             if not self._fits(work):
                 return
             self._waiting.popleft()
-            if not work.future.done():
+            if work.future.done():
+                self._leave(work)
+            else:
                 work.session = api.session(self._model, num_inference_steps=work.steps)
                 self._running.append(work)
 
@@ -164,7 +183,7 @@ class Batcher:
             return rows + work.samples <= self._max_rows
         try:
             own, others = self._plan(work), sum(map(self._plan, self._running))
-        except CachePassError as error:
+        except Exception as error:
             _fail(work, error)
             return True
         if own > self._max_bytes:
@@ -175,12 +194,15 @@ class Batcher:
 
     def _plan(self, work: _Work) -> int:
         given = next(iter(work.given.values()))
-        kind = (_kind(given), len(work.given))
-        if kind not in self._bytes:
-            policy = self._model.denoiser.policy
-            planned = plan(self._model._orig_mod, given, policy=policy)
-            self._bytes[kind] = planned.bytes(rows=work.samples, branches=len(work.given))
-        return self._bytes[kind]
+        kind, denoiser = _kind(given), self._model.denoiser
+        if kind not in self._plans:
+            self._plans[kind] = plan(
+                self._model._orig_mod,
+                given,
+                policy=denoiser.policy,
+                cache_dtype=denoiser.storage.dtype,
+            )
+        return self._plans[kind].bytes(rows=work.samples, branches=len(work.given))
 
     def _step(self) -> None:
         """One step of every request that runs: a call for each branch."""
@@ -236,10 +258,7 @@ class Batcher:
             with torch.no_grad():
                 work.given = next(work.request) if outputs is None else work.request.send(outputs)
             work.step += outputs is not None
-            latent = latent_among((), next(iter(work.given.values())))
-            if latent is None:
-                raise CachePassError("a request yields branch -> keyword arguments, with a latent")
-            work.samples = latent.shape[0]
+            work.samples = _samples(work.given)
         except StopIteration as end:
             with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
                 work.future.set_result(end.value)
@@ -248,11 +267,29 @@ class Batcher:
 
     def _leave(self, work: _Work) -> None:
         """Forget a request, and all that was cached for it."""
-        work.request.close()
+        try:
+            work.request.close()
+        except Exception as error:  # of its own `finally`
+            _fail(work, error)
         if work in self._running:
             self._running.remove(work)
         if work.session is not None:
             work.session.drop()
+        if work.future.cancelled():
+            work.future.set_running_or_notify_cancel()  # tells those who wait for it
+
+
+def _samples(given: Any) -> int:
+    """Of a request, by what it yielded."""
+    calls = list(given.values()) if isinstance(given, Mapping) else []
+    latents = [latent_among((), call) if isinstance(call, Mapping) else None for call in calls]
+    counts = {latent.shape[0] if latent is not None else 0 for latent in latents}
+    if len(counts) != 1 or counts == {0}:
+        raise CachePassError(
+            "a request must yield {branch: keyword arguments}, each with a latent of as many "
+            "samples"
+        )
+    return int(counts.pop())
 
 
 def _fail(work: _Work, error: Exception) -> None:
@@ -266,13 +303,12 @@ def _kind(given: Mapping[str, Any]) -> object:
     rows = latent.shape[0] if latent is not None else 1
     found: list[object] = []
     for name, value in sorted(given.items()):
-        if isinstance(value, Tensor):
-            per_row = value.ndim > 0 and value.shape[0] == rows
-            shape = value.shape[1:] if per_row else value.shape
-            # What does not belong to rows is shared: it has to be the very same.
-            found.append((name, per_row, shape, value.dtype, None if per_row else id(value)))
-        else:
-            found.append((name, repr(value)))
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+            found.append((name, value.shape[1:], value.dtype))
+        else:  # shared by all rows: tensors, also inside of something, have to be the very same
+            leaves, tree = tree_flatten(value)
+            same = (id(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+            found.append((name, str(tree), *same))
     return tuple(found)
 
 

@@ -8,6 +8,7 @@ from cachepass.passes.batch_experts import BatchExperts as BatchExperts
 from cachepass.passes.eliminate_dead_cache import (
     EliminateDeadCache as EliminateDeadCache,
 )
+from cachepass.passes.fold_sizes import FoldSizes as FoldSizes
 from cachepass.passes.insert_block_cache import InsertBlockCache as InsertBlockCache
 from cachepass.passes.insert_cfg_cache import InsertCfgCache as InsertCfgCache
 from cachepass.passes.insert_signals import InsertSignals as InsertSignals
@@ -26,6 +27,8 @@ def default_pipeline(sites: tuple[Site, ...], signals: tuple[Signal, ...]) -> tu
     return (
         # Before anything is told by what it computes: an expert's rows move between blocks' nodes.
         BatchExperts(),
+        # Whatever follows looks at shapes.
+        FoldSizes(),
         MarkBoundaries(),
         # Slots and conditionals are told how they carry rows as they are made.
         MarkRows(),

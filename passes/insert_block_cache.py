@@ -79,5 +79,6 @@ def _wrap(
         base = base_for(output, free) if site.keep == "residual" else None
         if base is not None:
             free.remove(base)
-        streams.append(declare(layout, site, output, base, kept_name(site, i, len(outputs))))
+        name, reference = kept_name(site, i, len(outputs)), measured is not None
+        streams.append(declare(layout, site, output, base, name, reference=reference))
     make_skippable(gm, site, nodes, streams, measured=measured)

@@ -54,14 +54,17 @@ class InsertCfgCache:
                 name=f"{site.name}.{branch}",
                 site=site.name,
                 dtype=output.meta["example_value"].dtype,
-                rows=kept_along(layout, output.meta["example_value"]),
+                rows=kept_along(layout, output.meta["example_value"], weighed=False),
                 across_branches=True,
                 within_step=True,
             )
             for branch in ("cond", "uncond")
         )
         layout.slots |= {cond.name: cond, uncond.name: uncond}
-        delta = declare(layout, site, output, output, f"{site.name}.delta", across_branches=True)
+        delta = declare(
+            layout, site, output, output, f"{site.name}.delta",
+            across_branches=True, reference=measured is not None,
+        )  # fmt: skip
         relative = site.keep == "residual"
 
         def extend(graph: fx.Graph, frame: fx.Node, mapping: Nodes) -> Sequence[fx.Node]:

@@ -107,7 +107,8 @@ def _declare(
         name=signal.name + (f".{age}" if age else ""),
         site=None,
         dtype=value_of(node).dtype,
-        rows=kept_along(layout, value_of(node)),
+        rows=kept_along(layout, value_of(node), weighed=True),
+        reference=True,
         age=age,
         across_branches=across_branches,
     )

@@ -32,7 +32,7 @@ class InsertStepCache:
         if site is None or site.name in layout.coverage:
             return PassResult(gm, modified=False)
         nodes = call_nodes(gm)
-        outputs = outputs_of(nodes)
+        outputs, measured = outputs_of(nodes), change_at(site, self.signals)
         streams = []
         for i, output in enumerate(outputs):
             base = latent_of(gm, layout, output) if site.keep == "residual" else None
@@ -41,7 +41,8 @@ class InsertStepCache:
                     f"site {site.name!r} keeps residuals, and output {i} of the model has not the "
                     "shape of its latent: choose a predictor that keeps the output"
                 )
-            streams.append(declare(layout, site, output, base, f"{site.name}.{site.keep}.{i}"))
-        make_skippable(gm, site, nodes, streams, measured=change_at(site, self.signals))
+            name, reference = f"{site.name}.{site.keep}.{i}", measured is not None
+            streams.append(declare(layout, site, output, base, name, reference=reference))
+        make_skippable(gm, site, nodes, streams, measured=measured)
         layout.coverage[site.name] = frozenset(range(layout.probed, layout.blocks))
         return PassResult(gm, modified=True)

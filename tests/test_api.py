@@ -238,7 +238,7 @@ def test_the_wrapper_is_the_module() -> None:
 
 def test_the_pipeline_is_visible() -> None:
     names = [p.name for p in default_pipeline((), ())]
-    assert names[:2] == ["batch-experts", "mark-boundaries"]
+    assert names[:3] == ["batch-experts", "fold-sizes", "mark-boundaries"]
     assert names[-1] == "outline-regions"
     assert len(set(names)) == len(names)
 

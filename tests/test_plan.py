@@ -81,6 +81,14 @@ def test_signals_keep_sixteen_bits() -> None:
     assert {s.dtype for s in plan.slots if s.site is not None} == {torch.float8_e4m3fn}
 
 
+def test_what_is_measured_at_a_site_keeps_sixteen_bits() -> None:
+    """MixCache compares what its sites keep with what they kept before."""
+    plan = _plan(cachepass.MixCache(), cache_dtype=torch.float8_e4m3fn)
+    kinds = {s.name: s.dtype for s in plan.slots}
+    assert kinds["block.residual"] == kinds["cfg.delta"] == torch.bfloat16
+    assert kinds["cfg.cond"] == torch.float8_e4m3fn
+
+
 def test_an_empty_value_in_eight_bits() -> None:
     """A residual of zeros has no magnitude to scale by."""
     from cachepass.ir.boundary import Slot
@@ -121,6 +129,16 @@ def test_sites_that_do_not_fit_are_left_out() -> None:
         WAN.model(), policy=cachepass.Schedule(reuse={3: "step"}), inner="eager"
     )
     assert all(torch.equal(a, b) for a, b in zip(outputs, run(alone, steps=STEPS)[0], strict=True))
+
+
+def test_a_budget_holds_at_every_resolution() -> None:
+    model: Any = cachepass.compile(
+        WAN.model(), policy=REUSE, inner="eager", max_cache_bytes=20_000, dynamic=True
+    )
+    for size, kept in ((8, {"step", "stack"}), (16, {"step"})):
+        _, session = run(model, steps=STEPS, size=size)
+        assert session.history.peak_bytes <= 20_000
+        assert {n for _, _, names in decisions(session) for n in names} == kept
 
 
 def test_a_budget_that_fits_changes_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait as wait_for
 from typing import Any
 
 import pytest
@@ -165,6 +165,25 @@ def test_a_call_that_fails_is_made_alone(
     assert distance(good.result(60), alone(model, request(1))) < 1e-5
 
 
+def test_a_request_that_fails_as_it_ends(model: Any, batcher: Batcher) -> None:
+    def stubborn() -> Request:
+        try:
+            yield from request(0)
+        finally:
+            raise ValueError("in finally")
+
+    def empty() -> Request:
+        yield {}
+
+    bad = [batcher.submit(work, num_inference_steps=STEPS) for work in (stubborn(), empty())]
+    good = batcher.submit(request(1), num_inference_steps=STEPS)
+    with pytest.raises(ValueError, match="in finally"):
+        bad[0].result(60)
+    with pytest.raises(cachepass.CachePassError, match=r"must yield \{branch: keyword arguments\}"):
+        bad[1].result(60)
+    assert distance(good.result(60), alone(model, request(1))) < 1e-5
+
+
 def test_a_request_that_is_cancelled(model: Any, batcher: Batcher) -> None:
     reached, go = threading.Event(), threading.Event()
 
@@ -181,6 +200,7 @@ def test_a_request_that_is_cancelled(model: Any, batcher: Batcher) -> None:
     assert waiting.cancel()
     go.set()
     assert distance(good.result(60), alone(model, request(2))) < 1e-5
+    assert wait_for([halfway, waiting], timeout=60).not_done == set()
     for future in (halfway, waiting):
         with pytest.raises(CancelledError):
             future.result(60)
@@ -199,8 +219,12 @@ def test_caches_stay_within_a_budget(model: Any) -> None:
         futures = [
             shared.submit(request(i, on_step=watch), num_inference_steps=STEPS) for i in range(5)
         ]
-        for i, future in enumerate(futures):
+        futures.append(
+            shared.submit(request(5, samples=2, on_step=watch), num_inference_steps=STEPS)
+        )
+        for i, future in enumerate(futures[:5]):
             assert distance(future.result(60), alone(model, request(i))) < 1e-5
+        futures[5].result(60)
     assert peak == 2 * one
 
 
@@ -224,6 +248,8 @@ def test_errors_of_a_batcher(model: Any) -> None:
     with pytest.raises(cachepass.CachePassError, match=r"`max_rows`=0: must be at least 1"):
         Batcher(model, max_rows=0)
     batcher = Batcher(model)
+    with pytest.raises(cachepass.CachePassError, match=r"`request` is a list: it must be a gener"):
+        batcher.submit([], num_inference_steps=STEPS)  # type: ignore[arg-type]
     batcher.close()
     with pytest.raises(cachepass.CachePassError, match="the batcher is closed"):
         batcher.submit(request(0), num_inference_steps=STEPS)

@@ -248,6 +248,9 @@ class Slot:
     rows: int | None = 0
     """The dimension of the value that carries rows, if one does."""
 
+    reference: bool = False
+    """Whether a signal is measured against it."""
+
     def key(self, branch: str, sample: int) -> tuple[str | None, int, str]:
         """Where a session keeps the value of a row."""
         return (None if self.across_branches else branch, sample, self.name)
@@ -312,14 +315,14 @@ class Layout:
     row_symbols: frozenset[Any] = frozenset()
     """Sizes that count rows, as symbols; none where the batch has one size only."""
 
+    rows_mixed: bool = False
+    """Whether some slot holds rows in a way that cannot be told: requests may not share a call."""
+
     probed: int = 0
     """Blocks that run before the decision, since the policy looks at them."""
 
     sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
-    slot_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Of each slot, for one row; filled in where room is limited."""
-
     coverage: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     """Blocks that a site skips, by site name (filled in by the insertion passes)."""
 

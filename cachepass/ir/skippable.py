@@ -38,9 +38,12 @@ class Stream:
 
 def declare(
     layout: Layout, site: Site, output: fx.Node, base: fx.Node | None, name: str,
-    *, across_branches: bool = False,
+    *, across_branches: bool = False, reference: bool = False,
 ) -> Stream:  # fmt: skip
-    """A stream of a site, with its slots in the layout; the newest part is called `name`."""
+    """A stream of a site, with its slots in the layout; the newest part is called `name`.
+
+    `reference` where a `CacheChange` is measured against what is kept.
+    """
     value: object = output.meta.get("example_value")
     if not isinstance(value, Tensor):
         raise PolicyError(
@@ -53,7 +56,8 @@ def declare(
                 name=name + (f".{part}" if part else "") + (f".{age}" if age else ""),
                 site=site.name,
                 dtype=value.dtype,
-                rows=kept_along(layout, value),
+                rows=kept_along(layout, value, weighed=reference or site.stand_in.weighted),
+                reference=reference,
                 across_branches=across_branches,
                 age=age,
             )

@@ -85,8 +85,9 @@ def lower(
     with _one_wait_for_all() if on_cpu else contextlib.nullcontext():
         lowered, _ = lowering.lower(gm, [None, *fakes])
     compiler.seconds += time.perf_counter() - started
-    takes = functools.partial(_holds, mode, rows) if isinstance(rows, torch.SymInt) else rows.__eq__
-    return Driver(lowered.forward, takes)
+    if isinstance(rows, torch.SymInt) and rows.node.expr.is_Symbol:
+        return Driver(lowered.forward, functools.cache(functools.partial(_holds, mode, rows)))
+    return Driver(lowered.forward, int(rows).__eq__)
 
 
 def _holds(mode: FakeTensorMode, rows: torch.SymInt, count: int) -> bool:
@@ -96,8 +97,8 @@ def _holds(mode: FakeTensorMode, rows: torch.SymInt, count: int) -> bool:
     """
     environment = mode.shape_env
     assert environment is not None
-    values = {rows.node.expr: count}
-    return all(guard.expr.subs(values) != False for guard in environment.guards)  # noqa: E712
+    values = {rows.node.expr: max(count, 2)}
+    return all(guard.expr.subs(values) == True for guard in environment.guards)  # noqa: E712
 
 
 @contextlib.contextmanager
@@ -164,6 +165,9 @@ class _Lowering:
                 taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
                 copies[node] = graph.call_function(_named(compiled, str(node.target)), ([*taken],))
             else:
+                if node.target is ops.conditional:
+                    self._lay_out(graph, node, values, copies)
+                    inputs = fx.map_arg(node.args, values.get)
                 values[node] = self._interpret(gm, node, inputs, arms)
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 if node.target is ops.cache_write and not inputs[2].is_contiguous():
@@ -173,6 +177,21 @@ class _Lowering:
                     copies[node].update_arg(2, value)
         lowered = fx.GraphModule(dict(arms), graph)
         return lowered, result
+
+    def _lay_out(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        values: dict[fx.Node, Any],
+        copies: dict[fx.Node, fx.Node],
+    ) -> None:
+        """Make operands contiguous that rows may be gathered out of: what is gathered is."""
+        operands: Any = node.args[4]
+        carried: Any = node.args[5]
+        for operand, way in zip(operands, carried[0] if carried is not None else (), strict=False):
+            if isinstance(way, int) and not values[operand].is_contiguous():
+                values[operand] = self._contiguous(values[operand])
+                copies[operand] = graph.call_method("contiguous", (copies[operand],))
 
     def _interpret(
         self,

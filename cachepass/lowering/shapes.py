@@ -18,7 +18,6 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from cachepass.ir.boundary import Layout, call_inputs, layout_of
 from cachepass.ir.ops import COUNT, Arm, Carried, When
-from cachepass.ir.rows import example
 from cachepass.runtime.batch import shape_of_one
 
 
@@ -130,14 +129,15 @@ def slot_shapes(
     return frame.slots
 
 
-def slots_of_a_row(gm: fx.GraphModule) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of what every slot holds for one row, for the call that was captured."""
+def slots_of_a_row(
+    gm: fx.GraphModule, args: Sequence[Any]
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of what every slot holds for one row of a call."""
     layout = layout_of(gm)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with mode:
-        fakes = [example(node.meta.get("example_value")) for node in call_inputs(gm)]
+    mode, fakes = fake_inputs(args)
+    rows = latent_in(gm, fakes).shape[0]
     return {
-        name: (shape_of_one(value.shape, layout.slots[name].rows, layout.batch), value.dtype)
+        name: (shape_of_one(value.shape, layout.slots[name].rows, rows), value.dtype)
         for name, value in slot_shapes(gm, fakes, mode).items()
     }
 

@@ -94,13 +94,14 @@ def _indices(chosen: Sequence[int], whole: Tensor, dim: int, rows: int) -> Tenso
     return torch.tensor(indices, device=whole.device)
 
 
-def mask(rows: Sequence[bool], value: Tensor) -> Tensor:
-    """A per-row condition that broadcasts against a value with rows in front."""
-    size = value.shape[0] if value.ndim else 0
+def mask(rows: Sequence[bool], value: Tensor, dim: int) -> Tensor:
+    """A per-row condition that broadcasts against a value with rows along a dimension."""
+    size = value.shape[dim] if value.ndim else 0
     if not size or size % len(rows):
         raise SessionError(
             f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
-            f"dimension of {len(rows)} rows in front to select along"
+            f"dimension of {len(rows)} rows to select along"
         )
     chosen = torch.tensor(rows, dtype=torch.bool, device=value.device)
-    return chosen.repeat_interleave(size // len(rows)).view(-1, *(1,) * (value.ndim - 1))
+    chosen = chosen.repeat_interleave(size // len(rows))
+    return chosen.view([-1 if i == dim else 1 for i in range(value.ndim)])

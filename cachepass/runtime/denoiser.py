@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -126,7 +126,9 @@ class Denoiser:
 
     def reset(self) -> None:
         """Drop the slots and state of all sessions. A request that runs goes on, cold."""
-        for session in list(self._sessions):
+        with self.lock:
+            sessions = list(self._sessions)
+        for session in sessions:
             session.drop()
 
     def _locate(
@@ -183,14 +185,15 @@ class Denoiser:
                     "cachepass.compile? Then cachepass.restore(pipe), and compile it again"
                 )
 
-    def _make_room(self, session: Session, layout: Layout, limit: int) -> None:
+    def _make_room(
+        self, session: Session, layout: Layout, slot_bytes: Mapping[str, int], limit: int
+    ) -> None:
         """Leave sites out, the largest first, until what the session may keep is within a limit."""
 
         def size(site: str | None) -> int:
             slots = (s for s in layout.slots.values() if s.site == site)
             each = (
-                layout.slot_bytes.get(s.name, 0)
-                * (1 if s.across_branches else len(session.branches))
+                slot_bytes.get(s.name, 0) * (1 if s.across_branches else len(session.branches))
                 for s in slots
             )
             return session.samples * sum(each)
@@ -229,13 +232,24 @@ class Denoiser:
         args: Sequence[Any],
         call_cond: Callable[[Frame], None],
         takes: Callable[[int], bool],
+        slot_bytes: Mapping[str, int],
     ) -> Frame:
         """The frame of a call that is about to run."""
         time = args[inputs.timestep] if inputs.timestep is not None else None
         with self.lock:
             places = self._places(inputs, args, time)
             sessions = list(dict.fromkeys(place.session for place in places))
-            rows = self._begin(inputs, args, places, sessions)
+            if len(sessions) > 1 and inputs.layout.rows_mixed:
+                raise SessionError(
+                    "the model folds other axes into its rows, and how cannot be told from their "
+                    "sizes: call its requests one by one"
+                )
+            try:
+                rows = self._begin(inputs, args, places, sessions, slot_bytes)
+            except BaseException:
+                for session in sessions:  # some have begun the call
+                    session.drop()
+                raise
         alone = len(sessions) == 1
         around = Surroundings(
             self.policy, self.sites, inputs.layout, self.storage, args[inputs.latent].device, time,
@@ -245,8 +259,9 @@ class Denoiser:
 
     def _places(self, inputs: Inputs, args: Sequence[Any], time: Tensor | None) -> list[Location]:
         """Whose each row is."""
-        count, listed, hint = inputs.rows(args), ROWS.get(), HINT.get()
-        if listed is not None and listed.owner is self:
+        count, hint = inputs.rows(args), HINT.get()
+        listed = next((rows for rows in reversed(ROWS.get()) if rows.owner is self), None)
+        if listed is not None:
             return listed.places(count, hint.branch if hint is not None else None)
         session, step, branch = self._locate(time, [args[i] for i in inputs.conditioning])
         return [Location(session, step, branch, sample) for sample in range(count)]
@@ -257,6 +272,7 @@ class Denoiser:
         args: Sequence[Any],
         places: Sequence[Location],
         sessions: Sequence[Session],
+        slot_bytes: Mapping[str, int],
     ) -> list[Row]:
         """Enter each session; its rows, in the order of the call."""
         latent = args[inputs.latent]
@@ -286,7 +302,7 @@ class Denoiser:
                 {branch: kind for branch, _ in rows},
             )
             if self.storage.max_bytes is not None:
-                self._make_room(session, inputs.layout, self.storage.max_bytes)
+                self._make_room(session, inputs.layout, slot_bytes, self.storage.max_bytes)
             seen: set[int] = set()
             branches = session.branches
             if self.skips_uncond and step == _SURELY_GUIDED and len(branches) == 1:

@@ -93,6 +93,8 @@ class Frame:
         """See `ir.ops.cache_read`."""
         declared = self.layout.slots[slot]
         kept = [r.session.slots.get(declared.key(r.branch, r.sample)) for r in self.rows]
+        if declared.rows is None and len({id(k) for k in kept}) > 1:
+            kept = [None] * len(kept)  # one value for all rows, and rows that remember others
         values = [self._value(k, declared) if k is not None else None for k in kept]
         if like is not None:
             shape = batch.shape_of_one(like.shape, declared.rows, len(self.rows))
@@ -235,7 +237,7 @@ class Frame:
         for row, now in zip(self.rows, times, strict=True):
             session = row.session
             if not session.timesteps:  # some models are given 1 to 0
-                session.time_scale = 1000.0 if max(times) <= 1 else 1.0
+                session.time_scale = 1000.0 if now <= 1 else 1.0
             row.time = session.time_scale * now
             session.timesteps.setdefault(row.sample, {})[row.step] = row.time
 
@@ -288,7 +290,7 @@ class Frame:
         groups = [[i for i, r in enumerate(reusing) if r is takes] for takes in (False, True)]
         apart = all(self._live) and all(self.around.takes(len(group)) for group in groups)
         if carried is None or not apart:
-            return self._both(reusing, compute, reuse, operands)
+            return self._both(reusing, compute, reuse, operands, carried)
         given, returned = carried
         made = [
             (group, arm(self._of(group), *batch.gather(operands, given, group, len(self.rows))))
@@ -301,8 +303,9 @@ class Frame:
         return Frame([self.rows[i] for i in chosen], self.around, self._root)
 
     def _both(
-        self, reusing: Sequence[bool], compute: Arm, reuse: Arm, operands: tuple[Any, ...]
-    ) -> Any:
+        self, reusing: Sequence[bool], compute: Arm, reuse: Arm, operands: tuple[Any, ...],
+        carried: Carried,
+    ) -> Any:  # fmt: skip
         """Both arms for all rows, where these cannot be told apart in all operands."""
         self._root.apart = False
         sides = [
@@ -313,9 +316,10 @@ class Frame:
             arm(Frame(self.rows, self.around, self._root, live), *operands)
             for arm, live in zip((compute, reuse), sides, strict=True)
         )
+        dims = carried[1] if carried is not None else (0,) * len(computed)
         return tuple(
-            torch.where(batch.mask(reusing, new), old, new)
-            for new, old in zip(computed, kept, strict=True)
+            new if dim is None else torch.where(batch.mask(reusing, new, dim), old, new)
+            for new, old, dim in zip(computed, kept, dims, strict=True)
         )
 
     def _skip_uncond(self, reusing: Sequence[bool]) -> None:

@@ -85,11 +85,6 @@ class Inputs:
             found.append(facts)
         return tuple(found)
 
-    def of_rows(self, args: Sequence[Any], rows: int) -> list[Any]:
-        """The arguments of the first rows."""
-        assert self.carried is not None
-        return batch.gather(args, self.carried, range(rows), self.rows(args))
-
 
 def signature_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """What compiled code depends on: shapes, strides, dtypes, devices, plain values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class Driver:
     takes: Callable[[int], bool] = lambda rows: True
     """Whether it, and its arms, take this many rows."""
 
+    slot_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Of each slot, for one row; where room is limited."""
+
 
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
 
@@ -43,7 +46,7 @@ class Program:
         """One denoising call; an exception drops the slots of its sessions."""
         driver = self._driver(args)
         call_cond = functools.partial(self.call_cond, args=args)
-        frame = self.denoiser.open(self.inputs, args, call_cond, driver.takes)
+        frame = self.denoiser.open(self.inputs, args, call_cond, driver.takes, driver.slot_bytes)
         sessions = frame.sessions
         if self.denoiser.skips_uncond:
             self._remember(frame, args)
@@ -76,10 +79,12 @@ class Program:
                 session.conditional = None
             return
         (session,) = frame.sessions
+        samples = tuple(row.sample for row in frame.rows)
         if branches == {"cond"}:
-            session.conditional = given
-        elif session.conditional is not None and signature_of(session.conditional) != signature_of(
-            given
+            session.conditional, session.conditional_of = given, samples
+        elif session.conditional is not None and (
+            samples != session.conditional_of
+            or signature_of(session.conditional) != signature_of(given)
         ):
             session.conditional = None
 
@@ -103,12 +108,15 @@ class Program:
             if ahead is None or any(row.branch != "cond" for row in frame.rows):
                 continue
             session.ahead = None
-            if ahead.step != session.step or len(frame.sessions) > 1:
+            same = tuple(row.sample for row in frame.rows) == session.conditional_of
+            if ahead.step != session.step or len(frame.sessions) > 1 or not same:
                 continue
             pairs = zip(ahead.inputs, (args[i] for i in self.inputs.arguments), strict=True)
             if all(_same(a, b) for a, b in pairs):
                 session.record(ahead.record)
                 return ahead.output
+            for row in frame.rows:  # what was kept of the unconditional one belongs to that call
+                session.skipped_uncond_at[row.sample] = session.step
             session.note(
                 "the conditional call was made ahead of its turn, for the unconditional one to "
                 "stand on, and its inputs turned out to be others: it was computed again"

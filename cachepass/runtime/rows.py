@@ -19,7 +19,6 @@ class Rows:
         self._listed = [Location(row) if isinstance(row, Session) else row for row in rows]
         self._entered: list[Location] = []
         self._places: list[Location] = []
-        self._token: contextvars.Token[Rows | None] | None = None
         if not rows:
             raise SessionError("`rows` is empty: a call has at least one row")
         seen: set[tuple[Session, str | None, int]] = set()
@@ -49,7 +48,7 @@ class Rows:
             row if row.step is not None else dataclasses.replace(row, step=row.session.upcoming)
             for row in self._listed
         ]
-        self._token = ROWS.set(self)
+        ROWS.set((*ROWS.get(), self))
         return self
 
     def __exit__(
@@ -58,12 +57,7 @@ class Rows:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._token is not None
-        ROWS.reset(self._token)
-        if kind is None:
-            for row in self._places:
-                assert row.step is not None
-                row.session.upcoming = row.step + 1
+        ROWS.set(tuple(other for other in ROWS.get() if other is not self))
         self._leave()
 
     def _leave(self) -> None:
@@ -83,11 +77,18 @@ class Rows:
                 f"the call has {count} rows, and cachepass.rows lists {len(self._places)}: each "
                 "row belongs to a session"
             )
-        return [
+        found = [
             row if row.branch is not None
             else dataclasses.replace(row, branch=branch or _by_order(row))
             for row in self._places
         ]  # fmt: skip
+        for i, row in enumerate(found):
+            if row in found[:i]:
+                raise SessionError(
+                    f"`rows`[{i}] is there twice: one session, branch {row.branch!r} and sample "
+                    f"{row.sample}"
+                )
+        return found
 
 
 def _by_order(row: Location) -> str:
@@ -95,4 +96,6 @@ def _by_order(row: Location) -> str:
     return f"call{len(session.branches_in_step) if row.step == session.step else 0}"
 
 
-ROWS: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("cachepass_rows", default=None)
+ROWS: contextvars.ContextVar[tuple[Rows, ...]] = contextvars.ContextVar(
+    "cachepass_rows", default=()
+)

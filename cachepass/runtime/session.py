@@ -92,6 +92,8 @@ class Session:
         """Of each sample, where branches decide together: a step, and what was chosen for it."""
         self.conditional: tuple[Tensor, ...] | None = None
         """What told the last conditional call from the unconditional one: its text."""
+        self.conditional_of: tuple[int, ...] = ()
+        """The samples of that call, in its order."""
         self.ahead: Ahead | None = None
         self.skipped_uncond_at: dict[int, int] = {}
         """Of each sample, the last step at which its unconditional output was made up."""
@@ -106,7 +108,7 @@ class Session:
         self._called: set[tuple[str, int]] = set()
         """(branch, sample) in this step."""
         self.upcoming = 0
-        """The step that the next `cachepass.rows` belongs to."""
+        """The step after the last one that was called."""
 
         self.history = History(num_inference_steps)
         self.clock = Clock()
@@ -196,7 +198,7 @@ class Session:
         elif twice := self._called & set(rows):
             self._drop_since(f"branch {min(twice)[0]!r} was called twice in step {step}")
             self.step = step
-        self.signature = signature
+        self.signature, self.upcoming = signature, step + 1
         self.called_as |= called_as
         branches = tuple(self.branches_in_step)
         before = [tuple(b for b in branches if (b, sample) in self._called) for _, sample in rows]
@@ -223,6 +225,7 @@ class Session:
         self.skipped_uncond_at.clear()
         self.conditional = self.ahead = self.signature = None
         self.step, self.branches_in_step, self.branches, self._called = -1, [], [], set()
+        self.left_out = frozenset()
 
     @property
     def samples(self) -> int:

@@ -25,6 +25,9 @@ class Kept:
     scale: Tensor | None = None
     """Of an 8-bit value, which is kept over it: its largest magnitude is the type's."""
 
+    there: torch.cuda.Event | None = None
+    """When a copy to the host will have arrived."""
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that takes memory."""
@@ -55,7 +58,7 @@ class Storage:
     def dtype_of(self, slot: Slot, dtype: torch.dtype) -> torch.dtype:
         """The type that a slot's value of this type is kept in."""
         wanted = self.dtype
-        if wanted is not None and wanted.itemsize == 1 and slot.site is None:
+        if wanted is not None and wanted.itemsize == 1 and slot.reference:
             wanted = torch.bfloat16
         narrower = wanted is not None and dtype.is_floating_point
         return wanted if narrower and wanted.itemsize < dtype.itemsize else dtype  # type: ignore[union-attr,return-value]
@@ -67,11 +70,13 @@ class Storage:
             top = torch.finfo(dtype).max
             scale = (value.abs().amax().float() / top).clamp_min(torch.finfo(torch.float32).tiny)
             value = value.float() / scale
-        value = value.to(dtype)
-        if self.on_host and value.device.type != "cpu":
+        value, there = value.to(dtype), None
+        if self.on_host and value.device.type == "cuda":
             host = torch.empty_like(value, device="cpu", pin_memory=True)
             value = host.copy_(value, non_blocking=True)
-        return Kept(value, step, scale)
+            there = torch.cuda.Event()
+            there.record()
+        return Kept(value, step, scale, there)
 
     def take(self, kept: Kept, slot: Slot, device: torch.device) -> Tensor:
         """The value again; on a GPU the copy is queued, and nobody waits for it here."""
@@ -87,23 +92,28 @@ class Prefetch:
     def __init__(self, storage: Storage, device: torch.device) -> None:
         self._storage, self._device = storage, device
         self._side = torch.cuda.Stream(device)
-        self._coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._coming: dict[int, tuple[Kept, Tensor, torch.cuda.Event]] = {}
+        """By the id of what is sent for, which is held so that no other gets it."""
 
     def send(self, wanted: Iterable[tuple[Slot, Kept]]) -> None:
         """Start copies on a stream of their own."""
         with torch.cuda.stream(self._side):
             for slot, kept in wanted:
+                if kept.there is not None:
+                    self._side.wait_event(kept.there)
+                if kept.scale is not None:
+                    kept.scale.record_stream(self._side)
                 value = self._storage.take(kept, slot, self._device)
                 event = torch.cuda.Event()
                 event.record(self._side)
-                self._coming[id(kept)] = value, event
+                self._coming[id(kept)] = kept, value, event
 
     def take(self, kept: Kept) -> Tensor | None:
         """A value that was sent for; the current stream waits for it, the host does not."""
         found = self._coming.get(id(kept))
         if found is None:
             return None
-        value, event = found
+        _, value, event = found
         current = torch.cuda.current_stream(self._device)
         current.wait_event(event)
         value.record_stream(current)

@@ -13,6 +13,7 @@ import cachepass
 from cachepass.moe.shadow import Shadow
 from tests.models import HIDREAM, TOY, as_tensor, distance
 from tests.moe.layers import Adapted, Glu, ScoreLoop, Sigmoid, Squared, plain
+from tests.requests import decisions
 
 
 class Holder(nn.Module):
@@ -200,5 +201,10 @@ def test_hidream_compiled(lowering: Any) -> None:
     model, inputs = HIDREAM.model(), HIDREAM.example()
     with torch.no_grad():
         wanted = as_tensor(model(**inputs))
-    cached = cachepass.compile(model, policy="compute", lowering=lowering)
-    assert distance(as_tensor(cached(**inputs)), wanted) < 1e-5
+    policy = cachepass.Schedule(reuse={1: "step", 3: "stack"})
+    cached = cachepass.compile(model, policy=policy, lowering=lowering)
+    session = cachepass.session(cached, num_inference_steps=4)
+    for step in range(4):
+        with session.at(step=step):
+            assert distance(as_tensor(cached(**inputs)), wanted) < 1e-5
+    assert [bool(names) for _, _, names in decisions(session)] == [False, True, False, True]

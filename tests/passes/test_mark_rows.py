@@ -72,7 +72,7 @@ def test_sizes_that_happen_to_be_equal() -> None:
 
 def test_one_row_has_no_symbol() -> None:
     captured = capture()
-    gm = captured.run(*captured.pipeline(cachepass.Compute())[:2])
+    gm = captured.run(*captured.pipeline(cachepass.Compute())[:4])
     assert layout_of(gm).row_symbols == frozenset()
     assert layout_of(gm).batch == 1
     assert not MarkRows()(gm).modified
@@ -108,12 +108,15 @@ class Transposed(nn.Module):
         return h.transpose(0, 1)
 
 
+def _compiled(model: nn.Module, policy: cachepass.NamedPolicy) -> Any:
+    torch.manual_seed(0)
+    return cachepass.compile(model.eval(), policy=policy, inner="eager")
+
+
 def test_rows_along_another_dimension() -> None:
     torch.manual_seed(0)
-    model = Transposed().eval()
-    cached: Any = cachepass.compile(
-        model, policy=cachepass.Schedule(reuse={1: "stack"}), inner="eager"
-    )
+    model = Transposed()
+    cached = _compiled(model, cachepass.Schedule(reuse={1: "stack"}))
     a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))
     x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
     with a.at(step=0):
@@ -126,3 +129,39 @@ def test_rows_along_another_dimension() -> None:
         assert distance(out, model(x, t)) < 1e-6  # the residual is that of the same input
     slots = cached.denoiser.programs[-1].inputs.layout.slots.values()
     assert {slot.rows for slot in slots} == {1}
+
+
+@pytest.mark.parametrize(
+    "policy", [cachepass.FirstBlock(), cachepass.TaylorSeer(site="stack")], ids=lambda p: p.name
+)
+def test_rows_that_are_measured_lie_in_front(policy: cachepass.NamedPolicy) -> None:
+    cached = _compiled(Transposed(), policy)
+    with pytest.raises(cachepass.PolicyError, match=r"rows lie along dimension 1 of a value"):
+        cached(torch.randn(2, 5, 6), torch.tensor([1.0, 0.5]))
+
+
+class Repeated(Transposed):
+    """Works on the batch twice over: a multiple of the rows, whose parts lie apart."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = (x + t[:, None, None]).repeat(2, 1, 1)
+        for block in self.blocks:
+            h = h + block(h)
+        first, second = h.chunk(2)
+        return first + second
+
+
+def test_rows_that_cannot_be_told_apart() -> None:
+    cached = _compiled(Repeated(), cachepass.Schedule(reuse={1: "stack"}))
+    sessions = [cachepass.session(cached, num_inference_steps=4) for _ in range(2)]
+    x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
+    with (
+        pytest.raises(cachepass.SessionError, match=r"the model folds other axes into its rows"),
+        cachepass.rows(cached, sessions),
+    ):
+        cached(x, t)
+    with torch.no_grad():  # of one request they may be
+        expected = cached._orig_mod(x, t)
+    for step in range(2):
+        with sessions[0].at(step=step):
+            assert distance(as_tensor(cached(x, t)), expected) < 1e-6

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import cachepass
 from tests.graphs import examples
 from tests.models import TINY, TOY, WAN, as_tensor, distance
-from tests.requests import BOTH, caller, decisions, notes, run
+from tests.requests import BOTH, caller, decisions, denoise, notes, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
 
@@ -181,8 +181,6 @@ def test_samples_and_branches_of_one_request() -> None:
         assert distance(out[[1, 2, 0]], next(times)) < 1e-5
         return outputs[2 * step + BOTH.index(branch)]
 
-    from tests.requests import denoise
-
     denoise(by_rows, steps=8, rows=3)
     for row, mine in enumerate((1, 2, 0)):
         assert decisions(whole, row) == decisions(session, mine)
@@ -243,6 +241,116 @@ def test_a_batch_of_one_size_only() -> None:
     assert [decisions(session, row)[1][2] for row in range(2)] == [["step"], []]
     with torch.no_grad():
         assert distance(out[1:], as_tensor(tiny.model()(**inputs))[1:]) < 1e-5
+
+
+def test_views_of_one_tensor_tell_branches_apart() -> None:
+    """Halves of a batch of texts, in a loop that names nothing, with two calls at a timestep."""
+    model = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "step"}), inner="eager"
+    )
+    uncond, cond = torch.randn(4, 5, 16).chunk(2)
+    latent = torch.randn(2, 4, 2, 8, 8)
+    for time in (1000.0, 600.0, 600.0, 200.0):
+        for text in (cond, uncond):
+            model(latent, torch.full((2,), time), text, return_dict=False)
+    (request,) = cachepass.report(model).to_dict()["requests"]
+    assert [(c["step"], c["branch"]) for c in request["steps"]] == [
+        (step, branch) for step in range(4) for branch in ("call0", "call1")
+    ]
+
+
+def test_uncond_stands_on_the_cond_of_its_own_sample() -> None:
+    """Where the unconditional call comes first and samples change their order, it is computed."""
+    model: Any = cachepass.compile(
+        WAN.model(), policy=cachepass.Schedule(reuse={1: "cfg", 2: "cfg"}), inner="eager"
+    )
+    session = cachepass.session(model, num_inference_steps=4)
+    latent, texts = torch.randn(2, 4, 2, 8, 8), {b: torch.randn(2, 5, 16) for b in BOTH}
+    time = torch.full((2,), 900.0)
+    for step, order in enumerate(([0, 1], [0, 1], [1, 0])):
+        for branch in ("uncond", "cond"):
+            listed = [session.row(sample=i, branch=branch, step=step) for i in order]
+            with cachepass.rows(model, listed):
+                out = as_tensor(model(latent[order], time, texts[branch][order]))
+            with torch.no_grad():
+                want = as_tensor(model._orig_mod(latent[order], time, texts[branch][order]))
+            assert distance(out, want) < 1e-5
+    told = [names for _, branch, names in decisions(session) if branch == "uncond"]
+    assert told == [[], ["cfg"], []]
+
+
+def test_a_changed_number_drops_the_slots() -> None:
+    """An attribute of the model that is part of the graph, as a count of repetitions."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3))
+            self.times = 1
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h = x + t[:, None, None]
+            for block in self.blocks:
+                h = h + self.times * block(h)
+            return h
+
+    module = Counted().eval()
+    policy = cachepass.Schedule(reuse={1: "stack", 2: "stack"})
+    model: Any = cachepass.compile(module, policy=policy, inner="eager")
+    session = cachepass.session(model, num_inference_steps=4)
+    for step, module.times in enumerate((1, 1, 2)):
+        with session.at(step=step):
+            model(torch.randn(1, 5, 6), torch.tensor([1.0]))
+    assert [names for _, _, names in decisions(session)] == [[], ["stack"], []]
+
+
+def test_rows_of_two_models() -> None:
+    models: list[Any] = [
+        cachepass.compile(WAN.model(), policy="compute", inner="eager") for _ in range(2)
+    ]
+    a, b = (Request(model, 0, steps=3) for model in models)
+    with cachepass.rows(models[0], [a.session]), cachepass.rows(models[1], [b.session]):
+        for model in models:
+            model(a.latent, a.time, a.texts["cond"])
+    assert decisions(a.session) == decisions(b.session) == [(0, "call0", [])]
+
+
+def test_one_value_for_rows_that_remember_others() -> None:
+    """The embedding of a timestep without rows says nothing of a session that had another."""
+    policy = cachepass.TeaCache(threshold=1e9, warmup_steps=0)
+    model: Any = cachepass.compile(Timeless().eval(), policy=policy, inner="eager")
+    a, b = (cachepass.session(model, num_inference_steps=9) for _ in range(2))
+    x = torch.randn(2, 5, 6)
+    for session, time in ((a, 1.0), (b, 0.1)):
+        with session.at(step=0):
+            model(x[:1], torch.tensor(time))
+    with cachepass.rows(model, [s.row(branch="cond") for s in (a, b)]):
+        model(x, torch.tensor(0.9))
+    assert [decisions(s)[1][2] for s in (a, b)] == [[], []]
+
+
+class Timeless(nn.Module):
+    """Takes one timestep for all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 6)
+        self.blocks = nn.ModuleList(Modulated() for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift = self.embed(t.view(1, 1))
+        for block in self.blocks:
+            x = block(x, shift)
+        return x
+
+
+class Modulated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x + shift))
 
 
 # --------------------------------------------------------------------------- errors
@@ -307,6 +415,18 @@ def test_a_whole_graph_takes_one_request_at_a_time() -> None:
     a, b = (Request(model, seed, steps=3) for seed in range(2))
     with pytest.raises(cachepass.SessionError, match=r"Compile the model with lowering='regions'"):
         step_together(model, [a, b])
+
+
+@pytest.mark.full
+def test_compiled_sublayers_of_some_rows() -> None:
+    """What is gathered for them was part of a larger tensor: strides differ."""
+    model: Any = cachepass.compile(WAN.model(), policy=cachepass.Schedule(reuse={1: "attention"}))
+    requests = [Request(model, seed, steps=4) for seed in range(4)]
+    step_together(model, requests[:2])
+    while requests[0].step < 4:
+        step_together(model, requests)
+    for request in requests:
+        assert_as_alone(model, request)
 
 
 @pytest.mark.full

@@ -1,0 +1,63 @@
+"""Sizes that a model reads from tensors of its own numbers become numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cachepass import capture
+from cachepass.pass_manager import run_passes
+from cachepass.passes import FoldSizes
+from tests.graphs import capture as capture_tiny
+from tests.models import distance
+
+
+class Sized(nn.Module):
+    """Keeps (height, width) in a tensor, as HiDream does, and draws another one at random."""
+
+    def __init__(self, *, drawn: bool = False, given: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.drawn, self.given = drawn, given
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        sizes = torch.tensor([2, 4])
+        if self.drawn:
+            sizes = torch.randint(1, 3, (2,))
+        if self.given:
+            sizes = counts
+        height, width = sizes[0], sizes[1]
+        y = self.linear(x)[:, : height * width]
+        shaped: Tensor = y.reshape(x.shape[0], height, width, 6)
+        return shaped + height
+
+
+def _captured(model: nn.Module) -> tuple[torch.fx.GraphModule, tuple[object, ...], Tensor]:
+    inputs = {"x": torch.randn(1, 8, 6), "counts": torch.tensor([2, 4])}
+    gm, args = capture.capture_call(model.eval(), inputs, {})
+    with torch.no_grad():
+        return gm, args, model(**inputs)
+
+
+def test_it_fires_and_the_numbers_agree() -> None:
+    gm, args, expected = _captured(Sized())
+    result = run_passes(gm, [FoldSizes()])
+    assert result.modified
+    (output,) = result.graph_module.graph.output_node().all_input_nodes
+    assert tuple(output.meta["example_value"].shape) == (1, 2, 4, 6)
+    assert not any(str(n.target) == "item" for n in result.graph_module.graph.nodes)
+    with torch.no_grad():
+        assert distance(result.graph_module(*args)[0], expected) < 1e-6
+    assert not run_passes(gm, [FoldSizes()]).modified, "a second run changes nothing"
+
+
+def test_it_leaves_known_sizes_alone() -> None:
+    assert not run_passes(capture_tiny().gm, [FoldSizes()]).modified
+
+
+def test_what_is_drawn_or_given_stays() -> None:
+    for model in (Sized(drawn=True), Sized(given=True)):
+        gm, _, _ = _captured(model)
+        run_passes(gm, [FoldSizes()])
+        (output,) = gm.graph.output_node().all_input_nodes
+        assert not all(isinstance(n, int) for n in output.meta["example_value"].shape)

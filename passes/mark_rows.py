@@ -23,7 +23,7 @@ class MarkRows:
        several rows): the first dimension of the latent. What the model adds or multiplies with
        the latent has come to share the symbol.
     2. An input may have a symbol of its own, because it only ever broadcasts (a mask). It counts
-       rows if the call fails when the others have a row more than it has.
+       rows if the call fails when all others of its size have a row more than it has.
     3. Without a symbol (one row, or a model that fixes its batch) nothing is written.
     """
 
@@ -44,9 +44,8 @@ class MarkRows:
             if isinstance(other, torch.SymInt) and other.node.hint == layout.batch
             for symbol in symbols_in(other)
         )
-        layout.row_symbols = own
-        if others - own and not _runs(gm, own):
-            layout.row_symbols = own | others
+        alike = own | others
+        layout.row_symbols = own | {s for s in others - own if not _runs(gm, alike - {s})}
         return PassResult(gm, modified=False)
 
 

@@ -43,7 +43,7 @@ def fake_inputs(
         if not isinstance(way, int):
             return mode.from_tensor(value, static_shapes=True)
         sizes = [DimDynamic.STATIC] * value.ndim
-        sizes[way] = DimDynamic.DYNAMIC
+        sizes[way] = DimDynamic.DUCK
         # Equal sizes get one symbol: there are no others than those of rows.
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         made = mode.from_tensor(value, symbolic_context=context, source=ConstantSource("rows"))

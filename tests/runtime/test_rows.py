@@ -429,7 +429,6 @@ def test_compiled_sublayers_of_some_rows() -> None:
         assert_as_alone(model, request)
 
 
-@pytest.mark.full
 def test_compiled_once_for_any_number_of_rows() -> None:
     policy = cachepass.FirstBlock(threshold=0.105, warmup_steps=0)
     model: Any = cachepass.compile(WAN.model(), policy=policy)
@@ -440,5 +439,13 @@ def test_compiled_once_for_any_number_of_rows() -> None:
     while requests[3].step < 8:
         step_together(model, [r for r in requests if r.step < 8])
     assert model.denoiser.regions == regions
+    (driver,) = [d for p in model.denoiser.programs for same in p._drivers.values() for d in same]
+    assert all(map(driver.takes, (1, 2, 3, 7)))
+    costs = {
+        record.blocks_computed / record.blocks
+        for request in requests
+        for record in request.session.history.records
+    }
+    assert costs == {0.25, 1.0}, "one of four blocks is looked at, whatever the neighbours do"
     for request in requests:
         assert_as_alone(model, request)

@@ -58,7 +58,8 @@ from cachepass.ir.predictors import (
     Taylor as Taylor,
     TwoAnchor as TwoAnchor,
 )
-from cachepass.plan import Plan as Plan, SlotPlan as SlotPlan, plan as plan
+from cachepass.plan import plan as plan
+from cachepass.runtime.plan import Plan as Plan, SlotPlan as SlotPlan
 
 # Combinations that have a name.
 from cachepass.runtime.policies import (

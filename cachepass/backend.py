@@ -13,17 +13,15 @@ from torch import fx
 
 from cachepass import capture
 from cachepass.errors import CachePassError, PolicyError
-from cachepass.ir.boundary import layout_of
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler, lower
-from cachepass.lowering.shapes import slots_of_a_row
+from cachepass.lowering.shapes import plan_of
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.denoiser import Denoiser
 from cachepass.runtime.policies import for_model, resolve
 from cachepass.runtime.program import Driver, Program
-from cachepass.runtime.storage import Storage
 
 Inner = Literal["inductor", "eager"]
 
@@ -52,7 +50,8 @@ def backend_of(
         denoiser.regions, denoiser.compile_seconds = compiler.count, compiler.seconds
         if denoiser.storage.max_bytes is None:
             return driver
-        return dataclasses.replace(driver, slot_bytes=_slot_bytes(gm, args, denoiser.storage))
+        plan = plan_of(gm, args, denoiser.storage, denoiser.policy.name)
+        return dataclasses.replace(driver, plan=plan)
 
     def cachepass(captured: fx.GraphModule, _: Sequence[Any]) -> Program:
         gm = capture.own_graph(captured, parameters)
@@ -68,14 +67,6 @@ def backend_of(
         return program
 
     return cachepass
-
-
-def _slot_bytes(gm: fx.GraphModule, args: Sequence[Any], storage: Storage) -> dict[str, int]:
-    slots = layout_of(gm).slots
-    return {
-        name: shape.numel() * storage.dtype_of(slots[name], dtype).itemsize
-        for name, (shape, dtype) in slots_of_a_row(gm, args).items()
-    }
 
 
 def torch_backend(

@@ -34,8 +34,10 @@ from torch.utils._pytree import tree_flatten
 from cachepass import api
 from cachepass.compiled import CachedModule
 from cachepass.errors import CachePassError
-from cachepass.plan import Plan, plan
+from cachepass.plan import plan
+from cachepass.runtime.batch import in_front
 from cachepass.runtime.guidance import latent_among
+from cachepass.runtime.plan import Plan
 from cachepass.runtime.session import Session
 
 Branches = Mapping[str, Mapping[str, Any]]
@@ -303,7 +305,7 @@ def _kind(given: Mapping[str, Any]) -> object:
     rows = latent.shape[0] if latent is not None else 1
     found: list[object] = []
     for name, value in sorted(given.items()):
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+        if in_front(value, rows):
             found.append((name, value.shape[1:], value.dtype))
         else:  # shared by all rows: tensors, also inside of something, have to be the very same
             leaves, tree = tree_flatten(value)
@@ -315,6 +317,6 @@ def _kind(given: Mapping[str, Any]) -> object:
 def _joined(name: str, group: Sequence[_Work], given: Sequence[Mapping[str, Any]]) -> Any:
     """One argument of a call, from those of its requests."""
     first = given[0][name]
-    if not isinstance(first, Tensor) or not first.ndim or first.shape[0] != group[0].samples:
+    if len(given) == 1 or not in_front(first, group[0].samples):
         return first
-    return torch.cat([g[name] for g in given]) if len(given) > 1 else first
+    return torch.cat([g[name] for g in given])

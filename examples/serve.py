@@ -2,7 +2,7 @@
 
     python -m examples.serve
 
-Prints when each video came, when it was done, and how many calls it shared with others.
+Prints when each video came and when it was done, and what each of their calls reused.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import module_paths, value_of
+from cachepass.ir.graph import call_target, module_paths, value_of
 from cachepass.moe.grouped import combine, grouped_linear, route
 from cachepass.pass_manager import PassResult
 
@@ -258,7 +258,7 @@ def _is_zero_elsewhere(shares: Sequence[fx.Node], picks: dict[Any, fx.Node], see
                 known[node] = drawn(node)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                known[node] = _call(node.target, args, kwargs)
+                known[node] = call_target(node.target, args, kwargs)
         return known[node]
 
     try:
@@ -280,7 +280,7 @@ def _rewrite(graph: fx.Graph, found: _Sum, index: fx.Node) -> None:
         node = graph.create_node(op, target, args, kwargs)
         given = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
         with like.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-            node.meta = {**origin, "example_value": _call(target, *given)}
+            node.meta = {**origin, "example_value": call_target(target, *given)}
         return node
 
     experts, k = len(found.shares), value_of(index).shape[-1]
@@ -315,13 +315,6 @@ def _rewrite(graph: fx.Graph, found: _Sum, index: fx.Node) -> None:
             result = emit(operator.add, found.base, result)
     total.replace_all_uses_with(result)
     _erase(graph, total)
-
-
-def _call(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What a function, or a method of that name, returns."""
-    if isinstance(target, str):
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return target(*args, **kwargs)
 
 
 def _erase(graph: fx.Graph, last: fx.Node) -> None:

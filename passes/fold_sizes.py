@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from cachepass.ir.graph import value_of
+from cachepass.ir.graph import call_target, value_of
 from cachepass.pass_manager import PassResult
 
 _MOST = 1024
@@ -83,7 +83,7 @@ def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if "rand" in str(node.target) or (isinstance(example, Tensor) and example.numel() > _MOST):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-    value = _call(node, args, kwargs)
+    value = call_target(node.target, args, kwargs)
     if isinstance(value, Tensor):
         return None if value.is_floating_point() else value
     return value if isinstance(value, int) else None
@@ -94,13 +94,6 @@ def _example(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     tensors = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
     if not tensors:
-        return _call(node, args, kwargs)
+        return call_target(node.target, args, kwargs)
     with tensors[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
-        return _call(node, args, kwargs)
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+        return call_target(node.target, args, kwargs)

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from cachepass.ir.boundary import layout_of
 from cachepass.ir.graph import value_of
-from cachepass.ir.rows import example, symbols_in
+from cachepass.ir.rows import symbols_in
 from cachepass.pass_manager import PassResult
 
 
@@ -51,10 +51,23 @@ class MarkRows:
 
 def _runs(gm: fx.GraphModule, growing: frozenset[Any]) -> bool:
     """Whether the call goes through where these symbols are one more than they were."""
+
+    def number(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression, hints = size.node.expr, size.node.shape_env.backed_var_to_val
+        return int(expression.subs({s: hints[s] + (s in growing) for s in symbols_in(size)}))
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return number(value)
+        shape, stride = (tuple(map(number, sizes)) for sizes in (value.shape, value.stride()))
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+
     inputs = gm.graph.find_nodes(op="placeholder")
     try:
         with FakeTensorMode(), torch.no_grad():
-            gm(*(example(node.meta.get("example_value"), growing) for node in inputs))
+            gm(*(fake(node.meta.get("example_value")) for node in inputs))
     except RuntimeError:  # shapes that do not fit
         return False
     return True

@@ -272,6 +272,13 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+def call_target(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a node's function, or the method of that name, returns."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
 def module_paths(node: fx.Node) -> list[tuple[str, str]]:
     """(path, class name) of the modules around a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -13,28 +13,6 @@ from cachepass.ir.boundary import Layout
 from cachepass.ir.ops import COUNT, Carried
 
 
-def example(value: Any, growing: frozenset[Any] = frozenset()) -> Any:
-    """A value of a capture's sizes, in place of their symbols; under the fake mode that is on.
-
-    Args:
-        value: what capture left as a node's example.
-        growing: symbols that are one more than they were.
-    """
-
-    def number(size: Any) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        expression = size.node.expr
-        hints = size.node.shape_env.backed_var_to_val
-        values = {s: hints[s] + (s in growing) for s in expression.free_symbols}
-        return int(expression.subs(values))
-
-    if not isinstance(value, Tensor):
-        return number(value)
-    shape, stride = (tuple(map(number, sizes)) for sizes in (value.shape, value.stride()))
-    return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
-
-
 class UnknownRowsError(LookupError):
     """A value whose shape does not tell how it carries rows."""
 

@@ -19,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import (
 from cachepass.ir.boundary import Layout, call_inputs, layout_of
 from cachepass.ir.ops import COUNT, Arm, Carried, When
 from cachepass.runtime.batch import shape_of_one
+from cachepass.runtime.plan import Plan, SlotPlan
+from cachepass.runtime.storage import Storage
 
 
 def fake_inputs(
@@ -129,17 +131,24 @@ def slot_shapes(
     return frame.slots
 
 
-def slots_of_a_row(
-    gm: fx.GraphModule, args: Sequence[Any]
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of what every slot holds for one row of a call."""
-    layout = layout_of(gm)
+def plan_of(gm: fx.GraphModule, args: Sequence[Any], storage: Storage, policy: str) -> Plan:
+    """What the slots of a rewritten graph hold for one row of a call with these inputs."""
+    declared = layout_of(gm).slots
     mode, fakes = fake_inputs(args)
     rows = latent_in(gm, fakes).shape[0]
-    return {
-        name: (shape_of_one(value.shape, layout.slots[name].rows, rows), value.dtype)
-        for name, value in slot_shapes(gm, fakes, mode).items()
-    }
+    return Plan(
+        policy,
+        tuple(
+            SlotPlan(
+                name=name,
+                site=declared[name].site,
+                shape=shape_of_one(value.shape, declared[name].rows, rows),
+                dtype=storage.dtype_of(declared[name], value.dtype),
+                across_branches=declared[name].across_branches,
+            )
+            for name, value in slot_shapes(gm, fakes, mode).items()
+        ),
+    )
 
 
 def _like(value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Rows in tensors: take them apart, gather some, put them back together.
 
-A tensor carries rows along one dimension (`ir.rows` finds it). Its size there is a multiple of
-the number of rows where a model folds another axis into them (frames): a row is then that many
-neighbours.
+A tensor carries rows along one dimension (`ir.rows` finds it). What a slot keeps may hold a
+multiple of them there, where a model folds another axis into its rows (frames): a row is then that
+many neighbours. Such values are never gathered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch import Tensor
 from cachepass.errors import SessionError
 from cachepass.ir.boundary import Slot
 from cachepass.ir.ops import COUNT
+
+
+def in_front(value: Any, rows: int) -> bool:
+    """Whether an argument is a tensor with so many rows in front: all that its size tells."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
 def shape_of_one(shape: torch.Size, dim: int | None, rows: int) -> torch.Size:
@@ -47,51 +52,41 @@ def join(parts: Sequence[Tensor], slot: Slot) -> Tensor:
 def times(time: Tensor, rows: int) -> list[float]:
     """The timestep of each row; the latest of its tokens where each of them has one."""
     numbers: Tensor = time.detach().flatten().double()
-    if len(numbers) % rows == 0:
-        numbers = numbers.view(rows, -1).amax(1)
-    return numbers[:1].expand(rows).tolist() if len(numbers) != rows else numbers.tolist()
+    if len(numbers) % rows:
+        return [float(numbers[0])] * rows
+    of_rows: list[float] = numbers.view(rows, -1).amax(1).tolist()
+    return of_rows
 
 
 def gather(
-    operands: Sequence[Any], dims: Sequence[int | str | None], chosen: Sequence[int], rows: int
+    operands: Sequence[Any], dims: Sequence[int | str | None], chosen: Tensor, rows: int
 ) -> list[Any]:
-    """Operands as they are for some of the rows."""
+    """Operands as they are for some of the rows; `chosen` has their indices."""
     taken = []
     for operand, dim in zip(operands, dims, strict=True):
-        if dim is None:
-            taken.append(operand)
+        if isinstance(dim, int):
+            operand = operand.index_select(dim, chosen.to(operand.device))
         elif dim == COUNT:
-            taken.append(operand // rows * len(chosen))
-        else:
-            assert isinstance(dim, int)
-            taken.append(operand.index_select(dim, _indices(chosen, operand, dim, rows)))
+            operand = operand // rows * len(chosen)
+        taken.append(operand)
     return taken
 
 
 def scatter(
-    made: Sequence[tuple[Sequence[int], Sequence[Tensor]]], dims: Sequence[int | None], rows: int
+    made: Sequence[tuple[Tensor, Sequence[Tensor]]], dims: Sequence[int | None], rows: int
 ) -> tuple[Tensor, ...]:
-    """Results of several groups of rows as those of all rows, in order."""
+    """Results of several groups of rows, each with its indices, as those of all rows, in order."""
     results = []
     for place, dim in enumerate(dims):
         values = [(chosen, values[place]) for chosen, values in made]
-        first_chosen, first = values[0]
-        if dim is None:
-            results.append(first)
-            continue
-        shape = list(first.shape)
-        shape[dim] = first.shape[dim] // len(first_chosen) * rows
-        whole = first.new_empty(shape)
-        for chosen, value in values:
-            whole.index_copy_(dim, _indices(chosen, whole, dim, rows), value)
+        _, whole = values[0]
+        if dim is not None:
+            shape = (rows if i == dim else size for i, size in enumerate(whole.shape))
+            whole = whole.new_empty(tuple(shape))
+            for chosen, value in values:
+                whole.index_copy_(dim, chosen.to(whole.device), value)
         results.append(whole)
     return tuple(results)
-
-
-def _indices(chosen: Sequence[int], whole: Tensor, dim: int, rows: int) -> Tensor:
-    share = whole.shape[dim] // rows
-    indices = [row * share + i for row in chosen for i in range(share)]
-    return torch.tensor(indices, device=whole.device)
 
 
 def mask(rows: Sequence[bool], value: Tensor, dim: int) -> Tensor:

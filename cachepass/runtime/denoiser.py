@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from cachepass.ir.boundary import Cfg, Layout
 from cachepass.runtime.clock import Conditioning
 from cachepass.runtime.frame import Frame, Row, Surroundings
 from cachepass.runtime.inputs import Inputs
+from cachepass.runtime.plan import Plan
 from cachepass.runtime.policy import Policy
 from cachepass.runtime.rows import ROWS
 from cachepass.runtime.session import ENTERED, History, Location, Session
@@ -154,9 +155,8 @@ class Denoiser:
                 session = self._request = self.new_session(hint.num_steps)
         if session is None:
             session = self._request = self.new_session(self.num_steps)
-        if step is not None and branch is None:  # a scheduler tells steps: branches by their order
-            earlier = session.branches_in_step if step == session.step else ()
-            branch = f"call{len(earlier)}"
+        if step is not None and branch is None:  # a scheduler tells steps
+            branch = session.branch_by_order(step)
         if entered is None and step is not None and time is not None and step == self._request_step:
             self._check_clock(session, step, time)
         if step is None or branch is None:
@@ -185,18 +185,12 @@ class Denoiser:
                     "cachepass.compile? Then cachepass.restore(pipe), and compile it again"
                 )
 
-    def _make_room(
-        self, session: Session, layout: Layout, slot_bytes: Mapping[str, int], limit: int
-    ) -> None:
+    def _make_room(self, session: Session, layout: Layout, plan: Plan, limit: int) -> None:
         """Leave sites out, the largest first, until what the session may keep is within a limit."""
+        rows, branches = session.samples, len(session.branches)
 
         def size(site: str | None) -> int:
-            slots = (s for s in layout.slots.values() if s.site == site)
-            each = (
-                slot_bytes.get(s.name, 0) * (1 if s.across_branches else len(session.branches))
-                for s in slots
-            )
-            return session.samples * sum(each)
+            return plan.of_site(site, rows=rows, branches=branches)
 
         sites = sorted(self.sites, key=size, reverse=True)
         kept = [site for site in sites if site not in session.left_out]
@@ -232,7 +226,7 @@ class Denoiser:
         args: Sequence[Any],
         call_cond: Callable[[Frame], None],
         takes: Callable[[int], bool],
-        slot_bytes: Mapping[str, int],
+        plan: Plan | None,
     ) -> Frame:
         """The frame of a call that is about to run."""
         time = args[inputs.timestep] if inputs.timestep is not None else None
@@ -245,7 +239,7 @@ class Denoiser:
                     "sizes: call its requests one by one"
                 )
             try:
-                rows = self._begin(inputs, args, places, sessions, slot_bytes)
+                rows = self._begin(inputs, args, places, sessions, plan)
             except BaseException:
                 for session in sessions:  # some have begun the call
                     session.drop()
@@ -272,7 +266,7 @@ class Denoiser:
         args: Sequence[Any],
         places: Sequence[Location],
         sessions: Sequence[Session],
-        slot_bytes: Mapping[str, int],
+        plan: Plan | None,
     ) -> list[Row]:
         """Enter each session; its rows, in the order of the call."""
         latent = args[inputs.latent]
@@ -301,8 +295,8 @@ class Denoiser:
                 (latent.shape[1:], latent.dtype, latent.device, session.weights),
                 {branch: kind for branch, _ in rows},
             )
-            if self.storage.max_bytes is not None:
-                self._make_room(session, inputs.layout, slot_bytes, self.storage.max_bytes)
+            if plan is not None and self.storage.max_bytes is not None:
+                self._make_room(session, inputs.layout, plan, self.storage.max_bytes)
             seen: set[int] = set()
             branches = session.branches
             if self.skips_uncond and step == _SURELY_GUIDED and len(branches) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,6 @@ class Frame:
         live: Sequence[bool] | None = None,
     ) -> None:
         self.rows, self.around = rows, around
-        self.sessions = list(dict.fromkeys(row.session for row in rows))
         self.policy, self.layout = around.policy, around.layout
         self._root = root or self
         self._live = live or [True] * len(rows)
@@ -79,6 +79,11 @@ class Frame:
         self.prefetch: Prefetch | None = None
         self.apart = True
         """Whether rows that decided differently went their own ways."""
+
+    @functools.cached_property
+    def sessions(self) -> list[Session]:
+        """Those of its rows."""
+        return list(dict.fromkeys(row.session for row in self.rows))
 
     def of_branch(self, branch: str) -> Frame:
         """A frame of another call of the same step, as if it were the first."""
@@ -214,8 +219,8 @@ class Frame:
         for row in sorted(self.rows, key=lambda row: not row.first):
             taken, not_here = set(), set()
             for name in self._choose(row):
-                site, session = self._site(name), row.session
-                if session.is_warm(site, self.layout, row.branch, row.sample, row.before):
+                site = self._site(name)
+                if self._is_warm(site, row):
                     taken.add(name)
                 elif isinstance(site, Cfg) and row.branch != "uncond":
                     not_here.add(name)
@@ -249,19 +254,21 @@ class Frame:
             )
         return self.around.sites[name]
 
+    def _is_warm(self, site: Site, row: Row) -> bool:
+        return row.session.is_warm(site, self.layout, row.branch, row.sample, row.before)
+
     def _choose(self, row: Row) -> frozenset[str]:
         session, policy, shared = row.session, self.policy, self.policy.trigger.shared_by_branches
         step, choice = session.chosen.get(row.sample, (-1, COMPUTE))
         if shared and step == row.step:
             return choice
-        where = (self.layout, row.sample, row.before)
         warm = frozenset(
             site.name
             for site in self.around.sites.values()
             if (
-                session.could_reuse(site, *where)
+                session.could_reuse(site, self.layout, row.sample, row.before)
                 if shared
-                else session.is_warm(site, self.layout, row.branch, row.sample, row.before)
+                else self._is_warm(site, row)
             )
         )
         facts = Facts(
@@ -292,15 +299,20 @@ class Frame:
         if carried is None or not apart:
             return self._both(reusing, compute, reuse, operands, carried)
         given, returned = carried
-        made = [
-            (group, arm(self._of(group), *batch.gather(operands, given, group, len(self.rows))))
-            for arm, group in zip((compute, reuse), groups, strict=True)
-        ]
+        made = []
+        for arm, group in zip((compute, reuse), groups, strict=True):
+            chosen = torch.tensor(group, device=self.around.device)
+            own = batch.gather(operands, given, chosen, len(self.rows))
+            made.append((chosen, arm(self._of(group), *own)))
         return batch.scatter(made, returned, len(self.rows))
 
     def _of(self, chosen: Sequence[int]) -> Frame:
         """A frame of some of the rows."""
         return Frame([self.rows[i] for i in chosen], self.around, self._root)
+
+    def _where(self, live: Sequence[bool]) -> Frame:
+        """A frame of all rows, of which these count."""
+        return Frame(self.rows, self.around, self._root, live)
 
     def _both(
         self, reusing: Sequence[bool], compute: Arm, reuse: Arm, operands: tuple[Any, ...],
@@ -313,7 +325,7 @@ class Frame:
             for takes in (False, True)
         ]
         computed, kept = (
-            arm(Frame(self.rows, self.around, self._root, live), *operands)
+            arm(self._where(live), *operands)
             for arm, live in zip((compute, reuse), sides, strict=True)
         )
         dims = carried[1] if carried is not None else (0,) * len(computed)
@@ -339,7 +351,7 @@ class Frame:
             live and self._runs(when, row) for live, row in zip(self._live, self.rows, strict=True)
         ]
         if any(live):
-            arm(Frame(self.rows, self.around, self._root, live), *operands)
+            arm(self._where(live), *operands)
 
     def _runs(self, when: When, row: Row) -> bool:
         # Independent sites refresh what computes, wherever else something is reused.

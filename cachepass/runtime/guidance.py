@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from cachepass.runtime.batch import in_front
+
 Guidance = Literal["concat", "concat-cond-first"]
 """How the branches lie in a batch: the unconditional rows first (as in diffusers), or last."""
 
@@ -48,9 +50,7 @@ def halves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Arguments, A
 
     def half(index: int) -> Arguments:
         def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
-                return value.chunk(2)[index]
-            return value
+            return value.chunk(2)[index] if in_front(value, rows) else value
 
         return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 

@@ -67,7 +67,7 @@ class Inputs:
 
     def _dim(self, place: int, value: Tensor, rows: int) -> int | None:
         if self.carried is None:
-            return 0 if value.ndim and value.shape[0] == rows else None
+            return 0 if batch.in_front(value, rows) else None
         dim = self.carried[place]
         return dim if isinstance(dim, int) else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from cachepass.runtime.denoiser import Denoiser
 from cachepass.runtime.frame import Frame
 from cachepass.runtime.inputs import Inputs, signature_of
+from cachepass.runtime.plan import Plan
 from cachepass.runtime.session import Ahead
 
 
@@ -27,8 +28,8 @@ class Driver:
     takes: Callable[[int], bool] = lambda rows: True
     """Whether it, and its arms, take this many rows."""
 
-    slot_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Of each slot, for one row; where room is limited."""
+    plan: Plan | None = None
+    """What slots may hold; where room is limited."""
 
 
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Driver]
@@ -46,7 +47,7 @@ class Program:
         """One denoising call; an exception drops the slots of its sessions."""
         driver = self._driver(args)
         call_cond = functools.partial(self.call_cond, args=args)
-        frame = self.denoiser.open(self.inputs, args, call_cond, driver.takes, driver.slot_bytes)
+        frame = self.denoiser.open(self.inputs, args, call_cond, driver.takes, driver.plan)
         sessions = frame.sessions
         if self.denoiser.skips_uncond:
             self._remember(frame, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ class Rows:
     def __init__(self, owner: object, rows: Sequence[Session | Location]) -> None:
         self.owner = owner
         self._listed = [Location(row) if isinstance(row, Session) else row for row in rows]
-        self._entered: list[Location] = []
+        self._entered = contextlib.ExitStack()
         self._places: list[Location] = []
         if not rows:
             raise SessionError("`rows` is empty: a call has at least one row")
@@ -38,12 +39,10 @@ class Rows:
             seen.add(key)
 
     def __enter__(self) -> Rows:
-        for session in dict.fromkeys(row.session for row in self._listed):
-            try:
-                self._entered.append(session.enter(Location(session)))
-            except SessionError:
-                self._leave()
-                raise
+        with contextlib.ExitStack() as entered:
+            for session in dict.fromkeys(row.session for row in self._listed):
+                entered.enter_context(session)
+            self._entered = entered.pop_all()
         self._places = [
             row if row.step is not None else dataclasses.replace(row, step=row.session.upcoming)
             for row in self._listed
@@ -58,12 +57,7 @@ class Rows:
         trace: TracebackType | None,
     ) -> None:
         ROWS.set(tuple(other for other in ROWS.get() if other is not self))
-        self._leave()
-
-    def _leave(self) -> None:
-        for location in self._entered:
-            location.session.leave(location)
-        self._entered = []
+        self._entered.close()
 
     def places(self, count: int, branch: str | None) -> list[Location]:
         """Whose the rows of a call are.
@@ -79,7 +73,7 @@ class Rows:
             )
         found = [
             row if row.branch is not None
-            else dataclasses.replace(row, branch=branch or _by_order(row))
+            else dataclasses.replace(row, branch=branch or row.session.branch_by_order(row.step))
             for row in self._places
         ]  # fmt: skip
         for i, row in enumerate(found):
@@ -89,11 +83,6 @@ class Rows:
                     f"{row.sample}"
                 )
         return found
-
-
-def _by_order(row: Location) -> str:
-    session = row.session
-    return f"call{len(session.branches_in_step) if row.step == session.step else 0}"
 
 
 ROWS: contextvars.ContextVar[tuple[Rows, ...]] = contextvars.ContextVar(

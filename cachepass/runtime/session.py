@@ -120,7 +120,7 @@ class Session:
     # ------------------------------------------------------------------ user's side
 
     def __enter__(self) -> Session:
-        self._locations.append(self.enter(Location(self)))
+        self._locations.append(self._enter(Location(self)))
         return self
 
     def __exit__(
@@ -129,16 +129,16 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.leave(self._locations.pop())
+        self._leave(self._locations.pop())
 
     @contextlib.contextmanager
     def at(self, *, step: int, branch: str = "cond") -> Iterator[Session]:
         """Say which step (from 0) and branch the calls inside belong to."""
-        location = self.enter(self.row(step=step, branch=branch))
+        location = self._enter(self.row(step=step, branch=branch))
         try:
             yield self
         finally:
-            self.leave(location)
+            self._leave(location)
 
     def row(
         self, *, branch: str | None = None, sample: int = 0, step: int | None = None
@@ -148,7 +148,7 @@ class Session:
         Args:
             branch: its place in guidance; what `cache_context` says of the call if None.
             sample: which of the request's samples, from 0.
-            step: from 0; the one after the last step that ended if None.
+            step: from 0; the one after the last step that was called if None.
         """
         if step is not None and (
             step < 0 or (self.num_steps is not None and step >= self.num_steps)
@@ -157,8 +157,7 @@ class Session:
             raise SessionError(f"`step`={step}: must be {rule}")
         return Location(self, step, branch, sample)
 
-    def enter(self, location: Location) -> Location:
-        """Let calls belong here until `leave`."""
+    def _enter(self, location: Location) -> Location:
         me = threading.get_ident()
         with self._lock:
             if self._depth and self._thread != me:
@@ -170,8 +169,7 @@ class Session:
         ENTERED.set((*ENTERED.get(), location))
         return location
 
-    def leave(self, location: Location) -> None:
-        """Undo `enter`."""
+    def _leave(self, location: Location) -> None:
         # By identity: generators may leave in another order than they entered.
         ENTERED.set(tuple(other for other in ENTERED.get() if other is not location))
         with self._lock:
@@ -208,6 +206,10 @@ class Session:
                 if branch not in seen:
                     seen.append(branch)
         return before
+
+    def branch_by_order(self, step: int | None) -> str:
+        """What the branch of a step's next call is called where nobody names it."""
+        return f"call{len(self.branches_in_step) if step == self.step else 0}"
 
     def _drop_since(self, why: str) -> None:
         self.note(f"{why}: caches dropped")

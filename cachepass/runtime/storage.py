@@ -58,10 +58,11 @@ class Storage:
     def dtype_of(self, slot: Slot, dtype: torch.dtype) -> torch.dtype:
         """The type that a slot's value of this type is kept in."""
         wanted = self.dtype
-        if wanted is not None and wanted.itemsize == 1 and slot.reference:
+        if wanted is None or not dtype.is_floating_point:
+            return dtype
+        if wanted.itemsize == 1 and slot.reference:
             wanted = torch.bfloat16
-        narrower = wanted is not None and dtype.is_floating_point
-        return wanted if narrower and wanted.itemsize < dtype.itemsize else dtype  # type: ignore[union-attr,return-value]
+        return wanted if wanted.itemsize < dtype.itemsize else dtype
 
     def keep(self, slot: Slot, value: Tensor, step: int) -> Kept:
         """A value as it is kept."""

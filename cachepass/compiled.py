@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from cachepass.errors import CachePassError
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler
 from cachepass.moe.shadow import Shadow
+from cachepass.runtime.batch import in_front
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint
 from cachepass.runtime.guidance import (
     CONCATENATED,
@@ -169,10 +171,11 @@ def _with_rows_open(
     """
 
     def mark(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != rows:
+        if not in_front(value, rows):
             return value
-        version = 0 if value.is_inference() else value._version
-        before, copy = marked.get(value, (-1, value))
+        # Inference tensors count no versions: nobody could tell that a copy of one is stale.
+        version = math.nan if value.is_inference() else value._version
+        before, copy = marked.get(value, (None, value))
         if before != version:
             copy = value.clone() if value.storage_offset() else value.detach()
             torch._dynamo.maybe_mark_dynamic(copy, 0)

@@ -259,6 +259,20 @@ def test_views_of_one_tensor_tell_branches_apart() -> None:
     ]
 
 
+def test_a_view_that_is_written_to() -> None:
+    """A copy of it, made for its place in memory, may not be taken for what it is now."""
+    model: Any = cachepass.compile(WAN.model(), policy="compute", inner="eager")
+    time, text = torch.full((2,), 900.0), torch.randn(2, 5, 16)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            latent = torch.randn(4, 4, 2, 8, 8)[2:]
+            for _ in range(2):
+                out = as_tensor(model(latent, time, text, return_dict=False))
+                want = as_tensor(model._orig_mod(latent, time, text, return_dict=False))
+                assert torch.equal(out, want)
+                latent.mul_(2)
+
+
 def test_uncond_stands_on_the_cond_of_its_own_sample() -> None:
     """Where the unconditional call comes first and samples change their order, it is computed."""
     model: Any = cachepass.compile(

@@ -22,6 +22,7 @@ from cachepass.errors import (
     SessionError as SessionError,
     VerifyError as VerifyError,
 )
+from cachepass.explain import Explanation as Explanation, explain as explain
 from cachepass.export import (
     export as export,
     export_aoti as export_aoti,

@@ -124,13 +124,16 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
                 live.add(prefix)
             if getattr(node.target, "__name__", "") in _ATTENTION:
                 attends.add(prefix)
-    stacks = {
-        prefix
-        for prefix, entries in members.items()
-        if prefix in deep
-        and prefix in live
-        and (prefix in attends or max(collections.Counter(entries.values()).values()) > 1)
-    }
+    stacks = set()
+    for prefix, entries in members.items():
+        if prefix not in deep:  # layers
+            continue
+        if prefix not in live:
+            layout.outside[prefix or "self"] = "it does not work on the latent"
+        elif prefix not in attends and max(collections.Counter(entries.values()).values()) < 2:
+            layout.outside[prefix or "self"] = "nothing is repeated in it, and nothing attends"
+        else:
+            stacks.add(prefix)
     counter: dict[tuple[str, int], int] = {}
     for node in nodes:
         for path, _ in module_paths(node):
@@ -140,6 +143,8 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
                 block = counter.setdefault(key, len(counter))
                 node.meta["place"] = Place(match[1] or "self", block)
                 break
+    inside = tuple(f"{prefix}." for prefix in (*layout.outside, *stacks))
+    layout.outside = {k: why for k, why in layout.outside.items() if not k.startswith(inside)}
     for prefix, _ in counter:
         layout.stacks[prefix or "self"] = layout.stacks.get(prefix or "self", 0) + 1
     if layout.blocks < 2:

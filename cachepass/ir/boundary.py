@@ -297,6 +297,9 @@ class Layout:
     stacks: dict[str, int] = dataclasses.field(default_factory=dict)
     """Name of each stack of blocks and its number of blocks, in execution order."""
 
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Module lists that are no stacks, with the reason."""
+
     inputs: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
     """The user's tensor arguments by name; every other placeholder is a weight or a number."""
 

@@ -104,6 +104,7 @@ def capture_call(
             torch._dynamo.maybe_mark_dynamic(given[name], dimension)
     # Open is what was asked for, whatever sizes dynamo has seen before.
     fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
+    marked = "_is_torch_compile" in vars(model)
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
     try:
         with torch.no_grad(), fixed:
@@ -112,6 +113,9 @@ def capture_call(
         return found[0]
     except Unsupported as error:
         raise explain_failure(error, type(model).__name__) from error
+    finally:
+        if not marked:  # torch.compile leaves a flag on the user's module
+            vars(model).pop("_is_torch_compile", None)
     raise CaptureError(f"the call of {type(model).__name__} computes nothing")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cachepass
-from tests.models import TINY, WAN, as_tensor
+from tests.models import TINY, WAN, ToyDiT, as_tensor
 from tests.requests import BOTH, decisions, notes
 
 STEPS = 10
@@ -138,6 +138,44 @@ def test_guidance_that_ends_part_way() -> None:
     assert {b for s, b, _ in decisions(session) if s >= 6} == {"cond"}
     expected, _ = _loop(_compile(cachepass.Compute()), until=6)
     assert torch.equal(latents[0], expected[0])
+
+
+class Stereo(ToyDiT):
+    """Two outputs, as models of video and sound have."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        out = super().forward(x, t, y)
+        return out, 2 * out[:, :, ::2]
+
+
+@pytest.mark.parametrize("order", [BOTH, BACKWARDS])
+def test_a_model_with_two_outputs(order: Sequence[str]) -> None:
+    plain = Stereo().eval()
+    policy = cachepass.Schedule(reuse={2: "cfg"})
+    model: Any = cachepass.compile(plain, policy=policy, inner="eager")
+    session = cachepass.session(model, num_inference_steps=4)
+    x, labels = torch.randn(1, 3, 8, 8), {"cond": torch.tensor([3]), "uncond": torch.tensor([10])}
+    deltas: list[Tensor] = []
+    for step in range(3):
+        given = {
+            b: (x + 0.1 * step, torch.tensor([1.0 - step]), label) for b, label in labels.items()
+        }
+        with torch.no_grad():
+            expected = {branch: plain(*given[branch]) for branch in BOTH}
+        found = {}
+        for branch in order:
+            with session.at(step=step, branch=branch):
+                found[branch] = model(*given[branch])
+        if step == 2:
+            last = [c + delta for c, delta in zip(expected["cond"], deltas, strict=True)]
+            expected["uncond"] = tuple(last)
+        deltas = [u - c for c, u in zip(expected["cond"], expected["uncond"], strict=True)]
+        for branch in BOTH:
+            assert all(map(torch.equal, found[branch], expected[branch]))
+    assert (
+        decisions(session)[-2:]
+        == [(2, "cond", []), (2, "uncond", ["cfg"])][:: 1 if order == BOTH else -1]
+    )
 
 
 def test_no_guidance_is_said() -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import compile_time, floor, one_graph, overhead, quality, relay
+from benchmarks import compile_time, floor, graph_time, one_graph, overhead, quality, relay
 from benchmarks.figures import Result, keep, table
 from benchmarks.testbed import Progress
 from examples.shapes.progress import StatusLine
@@ -27,6 +27,7 @@ TITLES = {
     "d": "(d) quality at equal cost",
     "e": "(e) a small model takes over",
     "f": "(f) one graph, and onnxruntime",
+    "g": "(g) capture and passes of a deep model",
 }
 
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ),
         "e": lambda progress: relay.measure(options.prompts, options.seeds, progress),
         "f": lambda progress: one_graph.measure(options.pairs, options.videos, progress),
+        "g": lambda progress: graph_time.measure(options.repeats, progress),
     }
     status = StatusLine()
     tables = []
@@ -77,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what cachepass costs and gains.",
     )
     add = parser.add_argument
-    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e,f")
+    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e,f,g")
     add("--pairs", type=int, default=15, help="(a, b, f) rounds; at least 15 for a figure")
-    add("--repeats", type=int, default=3, help="(c) fresh processes of each kind")
+    add("--repeats", type=int, default=3, help="(c, g) fresh processes, or rounds")
     add("--prompts", type=int, default=4, help=f"(d, e) at most {len(quality.PROMPTS)}")
     add("--seeds", type=int, default=2, help="(d, e) videos for each prompt")
     add("--videos", type=int, default=5, help="(f) rounds of videos")

@@ -1,0 +1,163 @@
+"""What works on one class: the checks behind a row of the table.
+
+    python -m benchmarks.coverage.check WanTransformer3DModel
+
+prints them as JSON. Each class is checked in a process of its own, as captures count against limits
+of a process, and one that fails badly should not take the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cachepass
+from cachepass.runtime.policy import NamedPolicy
+from tests.replay import Replay, tensors
+from tests.zoo import ZOO
+from tests.zoo.entry import Entry
+
+STEPS = 12
+BRANCHES = ("cond", "uncond")
+NEAR = 1e-5
+"""Relative L2 within which two executions are equal."""
+
+# Thresholds that let every policy reuse within a dozen steps of a model with random weights; what
+# stands in are the plain values, which tests/replay.py can make.
+POLICIES: dict[str, NamedPolicy] = {
+    "compute": cachepass.Compute(),
+    "schedule": cachepass.Schedule(
+        reuse={2: "step", 4: "cfg", 6: "block", 8: "stack", 9: "step", 10: "block"}
+    ),
+    "firstblock": cachepass.FirstBlock(threshold=1e9, warmup_steps=2, predictor=None),
+    "mixcache": cachepass.MixCache(
+        trigger=1e9, warmup=0.0, interval=(2, 3), repeat_penalty=100.0, predictor=None
+    ),
+    "adacache": cachepass.AdaCache(codebook=((1e9, 2),), predictor=None),
+    "dbcache": cachepass.DBCache(front=1, threshold=1e9, warmup_steps=2),
+}
+
+
+def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
+    """Everything that the table says of a class.
+
+    Args:
+        entry: how it is built and called.
+        compiled: whether to compile with Inductor, in both lowerings, which takes minutes.
+    """
+    started = time.perf_counter()
+    told: dict[str, Any] = {}
+    try:
+        told |= cachepass.explain(entry.model(), entry.call()).to_dict()
+    except Exception as error:
+        return {"error": _reason(error)}
+    found = {stack["name"]: stack["blocks"] for stack in told["stacks"]}
+    model = entry.model()
+    told["main"] = all(found.get(name) == len(getattr(model, name)) for name in entry.main)
+    told["policies"] = {name: _policy(entry, policy, found) for name, policy in POLICIES.items()}
+    told["lowerings"] = {
+        f"{lowering}, {inner}": _lowered(entry, lowering, inner)
+        for lowering in ("regions", "graph")
+        for inner in ("eager", *(["inductor"] if compiled else []))
+    }
+    return told | {"seconds": time.perf_counter() - started}
+
+
+def _policy(entry: Entry, policy: NamedPolicy, stacks: dict[str, int]) -> dict[str, Any]:
+    """A guided request against its replay: whether each call is equal, and what was reused."""
+    model = entry.model()
+    cached: Any = cachepass.compile(entry.model(), policy=policy, inner="eager")
+    try:
+        outputs = _request(cached, entry)
+    except Exception as error:
+        return {"error": _reason(error)}
+    report = cachepass.report(cached).to_dict()
+    (request,) = report["requests"]
+    blocks = sum(stacks.values())
+    sites = {
+        site.name: site.range(blocks)
+        for site in policy.combine().sites
+        if isinstance(site, cachepass.Blocks)
+    }
+    replay = Replay(model, list(stacks), sites)
+    worst, reused = 0.0, 0
+    for call, output in zip(request["steps"], outputs, strict=True):
+        names = call["reused"][0]
+        reused += bool(names)
+        given = _given(entry, call["step"], call["branch"])
+        worst = max(worst, _worst(output, replay.call(call["step"], call["branch"], given, names)))
+    exact = worst == 0 if not policy.combine().sites else worst < NEAR
+    before = report["compiles"]["graphs"]
+    _request(cached, entry)
+    late = cachepass.report(cached).to_dict()["compiles"]["graphs"] - before
+    return {
+        "exact": exact, "distance": worst, "reused": reused, "calls": len(outputs),
+        "sites": sorted({n for c in request["steps"] for n in c["reused"][0]}),
+        "graphs": before, "late": late,
+    }  # fmt: skip
+
+
+def _lowered(entry: Entry, lowering: Any, inner: Any) -> str:
+    """Empty if some calls under `schedule` are what the plain lowering makes of them."""
+    policy = cachepass.Schedule(reuse={1: "step", 3: "block"})
+    try:
+        expected = _request(_compiled(entry, policy, "regions", "eager"), entry, steps=4)
+        found = _request(_compiled(entry, policy, lowering, inner), entry, steps=4)
+    except Exception as error:
+        return _reason(error)
+    worst = max(_worst(a, b) for a, b in zip(found, expected, strict=True))
+    return "" if worst < NEAR else f"differs by {worst:.1e}"
+
+
+def _compiled(entry: Entry, policy: NamedPolicy, lowering: Any, inner: Any) -> Any:
+    return cachepass.compile(entry.model(), policy=policy, lowering=lowering, inner=inner)
+
+
+def _given(entry: Entry, step: int, branch: str) -> dict[str, Any]:
+    return entry.call(step, STEPS, seed=1 + BRANCHES.index(branch))
+
+
+def _request(cached: Any, entry: Entry, steps: int = STEPS) -> list[list[Tensor]]:
+    session = cachepass.session(cached, num_inference_steps=steps)
+    outputs = []
+    for step in range(steps):
+        for branch in BRANCHES:
+            with session.at(step=step, branch=branch):
+                outputs.append([t.clone() for t in tensors(cached(**_given(entry, step, branch)))])
+    return outputs
+
+
+def _worst(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest relative L2 distance of two outputs, tensor by tensor."""
+
+    def distance(x: Tensor, y: Tensor) -> float:
+        if torch.equal(x, y):
+            return 0.0
+        return float((x.double() - y.double()).norm() / y.double().norm())
+
+    return max(distance(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check a class and print the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage.check")
+    parser.add_argument("name", choices=sorted(ZOO))
+    parser.add_argument("--compiled", action="store_true", help="with Inductor, too")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(json.dumps(check(ZOO[given.name], compiled=given.compiled)))
+
+
+if __name__ == "__main__":
+    main()

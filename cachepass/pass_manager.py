@@ -1,7 +1,7 @@
 """What a pass is, and the one loop that runs passes.
 
 A pass is a frozen dataclass with a `name` and ``__call__(gm) -> PassResult``. It edits; the
-loop here lints, recompiles, verifies, tells observers and names the pass when it fails.
+loop here lints, verifies, tells observers and names the pass when it fails.
 The rewrites depend on the policy's declarations alone, which are fields of the passes.
 """
 
@@ -46,7 +46,7 @@ Observer = Callable[[int, str, fx.GraphModule], None]
 def run_passes(
     gm: fx.GraphModule, passes: Sequence[Pass], *, observers: Iterable[Observer] = ()
 ) -> PassResult:
-    """Run passes in order; lint, recompile and verify after each.
+    """Run passes in order; lint and verify after each, and make Python code of the last result.
 
     Raises:
         PassError: a pass failed or broke the graph; names it and those before it. Errors
@@ -64,7 +64,6 @@ def run_passes(
             if result.modified:
                 for graph_module in walk(gm):
                     graph_module.graph.lint()
-                    graph_module.recompile()
             verify(gm)
         except CachePassError as error:
             error.add_note(f"while running pass {current.name!r}")
@@ -77,4 +76,7 @@ def run_passes(
         modified |= result.modified
         for observe in watching:
             observe(number, current.name, gm)
+    if modified:  # once: of a deep model it takes longer than all passes together
+        for graph_module in walk(gm):
+            graph_module.recompile()
     return PassResult(gm, modified)

@@ -67,7 +67,7 @@ def _runs(gm: fx.GraphModule, growing: frozenset[Any]) -> bool:
     inputs = gm.graph.find_nodes(op="placeholder")
     try:
         with FakeTensorMode(), torch.no_grad():
-            gm(*(fake(node.meta.get("example_value")) for node in inputs))
+            fx.Interpreter(gm).run(*(fake(node.meta.get("example_value")) for node in inputs))
     except RuntimeError:  # shapes that do not fit
         return False
     return True

@@ -25,10 +25,10 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench bench-rows bench-moe frontier peers lint types format
+.PHONY: help demo test test-full bench bench-rows bench-moe coverage-models frontier peers lint types format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## run the example pipeline with and without caching
 	$(PY) -m examples.shapes.demo
@@ -47,6 +47,9 @@ bench-rows: $(READY) ## measure decisions for each row and continuous batching: 
 
 bench-moe: $(READY) ## measure routed experts as one operation, on a GPU too where there is one
 	$(PY) -m benchmarks.moe
+
+coverage-models: $(READY) ## check all transformers of diffusers, write docs/models.md: an hour
+	$(PY) -m benchmarks.coverage
 
 frontier: $(READY) ## measure every policy over a range of its main knob: about an hour
 	$(PY) -m benchmarks.frontier

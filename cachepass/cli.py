@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line)  # noqa: T201
             shown += not heading
     if not shown:
-        parser.error(f"no row of {len(rows) - _HEADING} holds {' or '.join(given.words)}")
+        parser.error(f"none of {len(rows) - _HEADING} rows holds {' or '.join(given.words)}")
     return 0
 
 

@@ -77,6 +77,11 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
         "latents": torch.randn(1, 4, 2, 8, 8),
         "text": torch.randn(1, 4, 16),
         "empty": torch.zeros(1, 4, 16),
+        "example_inputs": {
+            "hidden_states": torch.randn(1, 4, 2, 8, 8),
+            "timestep": torch.tensor([900.0]),
+            "encoder_hidden_states": torch.randn(1, 4, 16),
+        },
     }
     torch.compiler.reset()
 

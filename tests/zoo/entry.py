@@ -49,6 +49,15 @@ class Entry:
         return given
 
 
+def stirred(model: nn.Module) -> nn.Module:
+    """The model, its all-zero parameters made small random ones, so that every gate is open."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def _drift(latent: Any, share: float) -> Any:
     """Noise that is the same for all calls of a request, and goes on slowly."""
     if isinstance(latent, Tensor):

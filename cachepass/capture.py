@@ -108,7 +108,11 @@ def capture_call(
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
     try:
         with torch.no_grad(), fixed:
-            compiled(**given)
+            try:
+                compiled(**given)
+            except Unsupported:  # tables that a first call builds are there in the second
+                model(**inputs)
+                compiled(**given)
     except _Captured:
         return found[0]
     except Unsupported as error:

@@ -52,6 +52,7 @@ class CachedModule(OptimizedModule):
     guidance: Guidance | None
     lowering: Lowering
     shadow: Shadow
+    _called_plain: bool
     _marked: WeakTensorKeyDictionary
 
     def __init__(
@@ -88,7 +89,7 @@ class CachedModule(OptimizedModule):
         vars(self).update(
             denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
             lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
-            _marked=WeakTensorKeyDictionary(),
+            _marked=WeakTensorKeyDictionary(), _called_plain=False,
         )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
@@ -138,13 +139,28 @@ class CachedModule(OptimizedModule):
             vars(self)["forward"] = compiled.forward
         try:
             with torch.no_grad(), floats, sizes:
-                return super().__call__(*args, **kwargs)
+                return self._captured(args, kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, CachePassError):
                 raise error.inner_exception from error.inner_exception.__cause__
             raise
         except Unsupported as error:
             raise capture.explain_failure(error, type(self._orig_mod).__name__) from error
+
+    def _captured(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call; once, if it cannot be captured, after a plain one.
+
+        Some models build tables (of rotary frequencies) in their first call, by code that cannot be
+        captured, and find them there in the second.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except Unsupported:
+            if self._called_plain:
+                raise
+            vars(self)["_called_plain"] = True
+            self.shadow.module(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:

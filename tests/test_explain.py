@@ -80,3 +80,27 @@ def test_a_model_without_blocks() -> None:
 
     with pytest.raises(cachepass.CaptureError, match="no stack of repeated blocks"):
         cachepass.explain(Plain(), {"x": torch.randn(1, 3, 8, 8), "t": torch.ones(1)})
+
+
+class Lazy(ToyDiT):
+    """Builds a table in its first call, by what cannot be captured."""
+
+    table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            with torch.device("cpu"):
+                self.table = torch.full((1, 3, 8, 8), 0.5)
+        return super().forward(x + self.table, t, y)
+
+
+def test_tables_that_the_first_call_builds() -> None:
+    model, given = Lazy().eval(), TOY.example()
+    with torch.no_grad():
+        expected = Lazy.forward(model, **given)
+    model.table = None
+    assert cachepass.explain(model, given).to_dict()["stacks"][0]["blocks"] == 3
+    model.table = None
+    cached = cachepass.compile(model, policy="compute", inner="eager")
+    assert torch.equal(cached(**given), expected)
+    assert cachepass.report(cached).to_dict()["compiles"]["graphs"] == 1

@@ -381,9 +381,12 @@ ZOO: dict[str, Entry] = {
         build=_cosmos, inputs=_cosmos_inputs, main=("transformer_blocks",)
     ),
     "Cosmos3OmniTransformer": Entry(
-        build=_cosmos3, inputs=_cosmos3_inputs, main=("layers",),
-        latent="vision_tokens", timestep="vision_timesteps",
-    ),  # fmt: skip
+        build=_cosmos3,
+        inputs=_cosmos3_inputs,
+        main=("layers",),
+        latent="vision_tokens",
+        timestep="vision_timesteps",
+    ),
     "EasyAnimateTransformer3DModel": Entry(
         build=_easyanimate, inputs=_easyanimate_inputs, main=("transformer_blocks",)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +43,10 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
         value = node.meta.get("example_value")
         node.meta["weight"] = static is not None or isinstance(value, torch.nn.Parameter)
-        node.meta["argument"] = _argument(placeholder, parameters)
+        name = node.meta["argument"] = _argument(placeholder, parameters)
+        (first,) = re.findall(r"^\w*", name)
+        # Dynamo's order is that of first use.
+        node.meta["order"] = [*parameters, first].index(first)
     graph.output(graph.graph_copy(captured.graph, copies))
     gm = fx.GraphModule(captured, graph)
     gm.meta = {"computation": _computation(graph)}
@@ -84,9 +88,10 @@ def capture_call(
         CaptureError: the call cannot be captured as one graph.
     """
     found: list[tuple[fx.GraphModule, tuple[Any, ...]]] = []
+    parameters = tuple(inspect.signature(model.forward).parameters)
 
     def backend(captured: fx.GraphModule, _: Sequence[Any]) -> Any:
-        gm = own_graph(captured)
+        gm = own_graph(captured, parameters)
         for node in gm.graph.nodes:
             for path, _ in module_paths(node)[-1:]:  # for errors: torch hands `custom` on
                 node.meta["custom"] = {"module": path}
@@ -127,10 +132,10 @@ def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:
     """``L['kwargs']['hidden_states']`` or ``L['args'][0]`` or ``L['x']`` -> a name."""
     graph_argument = placeholder.meta.get("grapharg")
     source = graph_argument.source.name if graph_argument is not None else str(placeholder.target)
-    by_position = re.match(r"^L\['args'\]\[(\d+)\]$", source)
+    by_position = re.match(r"^L\['args'\]\[(\d+)\](.*)$", source)
     if by_position:
-        index = int(by_position[1])
-        return parameters[index] if index < len(parameters) else f"args[{index}]"
+        index, inside = int(by_position[1]), by_position[2]
+        return (parameters[index] if index < len(parameters) else f"args[{index}]") + inside
     return re.sub(r"^L\['(?:kwargs'\]\[')?([^']*)'\]", r"\1", source)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -26,8 +27,9 @@ from cachepass.pass_manager import PassResult
 class InsertBlockCache:
     """Put each `Blocks` site under a conditional, inner ranges first.
 
-    1. Where residuals are kept (the usual), a stream that enters and leaves in one shape is
-       predicted from where it enters; an output without such an input from itself.
+    1. Where residuals are kept (the usual), what leaves is predicted from where its stream enters
+       (that of a skip connection, too). Where streams cannot be followed, it is the first input of
+       its shape; an output without any is predicted from itself.
     2. The slots are written at full calls only; a `CacheChange` is measured just before.
     3. Ranges may lie inside each other, but may not overlap.
     """
@@ -71,14 +73,29 @@ def _wrap(
             f"site {site.name!r} starts at block {start}, before the policy has measured what it "
             "decides on: let it start after the block of the signal"
         )
-    # Text is not in every block's output: each residual needs an input of its own.
-    free = [n for n in inputs_of(nodes) if not n.meta.get("weight")]
     outputs = outputs_of(nodes)
+    bases = _bases(outputs, inputs_of(nodes)) if site.keep == "residual" else {}
     streams = []
     for i, output in enumerate(outputs):
-        base = base_for(output, free) if site.keep == "residual" else None
-        if base is not None:
-            free.remove(base)
+        base = bases.get(output)
         name, reference = kept_name(site, i, len(outputs)), measured is not None
         streams.append(declare(layout, site, output, base, name, reference=reference))
     make_skippable(gm, site, nodes, streams, measured=measured)
+
+
+def _bases(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Where the streams of a site enter it, as far as they do: case 1."""
+    inputs = [n for n in inputs if not n.meta.get("weight")]
+    found: dict[fx.Node, fx.Node] = {}
+    for output in outputs:
+        stream = output.meta.get("stream")
+        same = [n for n in inputs if stream is not None and n.meta.get("stream") == stream]
+        if (base := base_for(output, same)) is not None:
+            found[output] = base
+    # Text is not in every block's output: each residual needs an input of its own.
+    free = [n for n in inputs if n not in found.values()]
+    for output in outputs:
+        if output not in found and (base := base_for(output, free)) is not None:
+            found[output] = base
+            free.remove(base)
+    return found

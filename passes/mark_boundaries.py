@@ -25,9 +25,10 @@ _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 class MarkBoundaries:
     """Write the layout of a captured call: which node belongs to which block, and why.
 
-    1. *Inputs*: placeholders that are no weights. The latent is the first one with at least
-       three dimensions, the timestep the one that is called so, else the first with at
-       most one dimension.
+    1. *Inputs*: placeholders that are no weights, in the order of the model's signature. The
+       latent is the first one of the shape of an output, one dimension (its channels) aside; else
+       the first with at least three dimensions. The timestep is the one that is called so, else
+       the first with at most one dimension.
     2. *Stacks*: entries of an indexed module list (``blocks.0``, ``blocks.1`` ...) that work
        on the latent and are repeated modules with modules of their own. The outermost such list on
        a node's module stack wins, so a list inside a block is part of the block. A list of
@@ -36,16 +37,18 @@ class MarkBoundaries:
        gives the residual branches; a branch with attention is self- or cross-attention
        by where its keys come from, any other is an MLP. Self-attention is spatial or temporal where
        frames or places are folded into the batch.
-    4. An attention that several streams share, or that runs on several as one, is found for each of
+    4. What leaves a block is marked with the stream that it belongs to: where it entered the first
+       block, if additions lead back there.
+    5. An attention that several streams share, or that runs on several as one, is found for each of
        them, to be measured; none can be skipped alone.
-    5. The graph is left alone if it is marked already.
+    6. The graph is left alone if it is marked already.
     """
 
     name: str = "mark-boundaries"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         if isinstance(gm.meta.get("layout"), Layout):
-            return PassResult(gm, modified=False)  # case 5
+            return PassResult(gm, modified=False)  # case 6
         layout = Layout()
         _find_inputs(gm.graph, layout)
         roots = _roots(gm.graph, layout)
@@ -53,6 +56,7 @@ class MarkBoundaries:
         _find_streams(gm.graph, layout, roots)
         for nodes in _blocks(gm.graph):
             assert layout.latent is not None  # else _find_inputs has raised
+            _follow_streams(nodes)
             layout.sublayers += _find_sublayers(nodes, layout.latent)
         gm.meta["layout"] = layout
         with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
@@ -61,26 +65,36 @@ class MarkBoundaries:
 
 
 def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
-    for node in graph.find_nodes(op="placeholder"):
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in sorted(placeholders, key=lambda n: n.meta.get("order", 0)):
         if node.meta.get("weight") or not isinstance(value_of(node), torch.Tensor):
             continue
         layout.inputs[str(node.meta.get("argument", node.name))] = node
+    floating = [n for n in layout.inputs.values() if value_of(n).is_floating_point()]
+    outputs = [value_of(n) for n in graph.output_node().all_input_nodes]
+    like_output = [n for n in floating if any(_like(value_of(n), o) for o in outputs)]
+    layout.latent = next((n for n in (*like_output, *floating) if _ndim(n) >= 3), None)
+    if layout.latent is None:
+        layout.latent = next(iter(like_output), None)
     for name, node in layout.inputs.items():
-        if (
-            layout.latent is None
-            and value_of(node).ndim >= 3
-            and value_of(node).is_floating_point()
-        ):
-            layout.latent = node
         if layout.timestep is None and name in _TIMESTEP_NAMES:
             layout.timestep = node
     if layout.timestep is None:
         layout.timestep = next((n for n in layout.inputs.values() if value_of(n).ndim <= 1), None)
     if layout.latent is None:
         raise CaptureError(
-            "no latent among the model's arguments: looked for a floating tensor with at least "
-            f"three dimensions, found {sorted(layout.inputs) or 'no tensors'}"
+            "no latent among the model's arguments: looked for a floating tensor of the shape of "
+            "an output, or with at least three dimensions, "
+            f"found {sorted(layout.inputs) or 'no tensors'}"
         )
+
+
+def _like(value: torch.Tensor, output: object) -> bool:
+    """Whether shapes agree in all but one dimension at most, which is not that of the rows."""
+    if not isinstance(output, torch.Tensor) or not 2 <= value.ndim == output.ndim:
+        return False
+    pairs = list(zip(map(str, value.shape), map(str, output.shape), strict=True))
+    return pairs[0][0] == pairs[0][1] and sum(a != b for a, b in pairs) <= 1
 
 
 def _roots(graph: fx.Graph, layout: Layout) -> dict[fx.Node, frozenset[fx.Node]]:
@@ -211,13 +225,23 @@ def _find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]
             if not joint and (not cone or claimed & set(cone)):
                 continue
             work = behind if joint else cone
-            own = () if joint else cone  # case 4
+            own = () if joint else cone  # case 5
             claimed |= set(own)
             place = place_of(residual)
             assert place is not None
             kind = _kind(work, spine.stream, inside, latent)
             found.append(Sublayer(_sublayer_name(work), kind, place.block, residual, own, cut))
     return found
+
+
+def _follow_streams(nodes: Sequence[fx.Node]) -> None:
+    inside = set(nodes)
+    for output in nodes:
+        if _ndim(output) < 2 or all(u in inside for u in output.users):
+            continue
+        entered = _spine(output, inside).stream
+        if entered is not None and entered not in inside:
+            output.meta["stream"] = entered.meta.setdefault("stream", entered.name)
 
 
 def _whole(output: fx.Node, inside: set[fx.Node]) -> fx.Node:

@@ -36,7 +36,7 @@ class Replay:
         """
         self.model, self.sites = model, sites
         self.blocks = [b for path in stacks for b in model.get_submodule(path).children()]
-        self.kept: dict[tuple[str, str], Streams] = {}
+        self.kept: dict[tuple[str, str], Any] = {}
         """(site, branch) -> what stands in."""
         self.step, self.now = -1, dict[str, Streams]()
         """Outputs of this step's calls by branch."""
@@ -49,7 +49,8 @@ class Replay:
         if step != self.step:
             self.step, self.now = step, {}
         if "step" in reused:
-            return self.kept["step", branch]
+            kept: Streams = self.kept["step", branch]
+            return kept
         if "cfg" in reused:
             pairs = zip(self.now["cond"], self.kept["cfg", ""], strict=True)
             return [c + delta for c, delta in pairs]
@@ -71,50 +72,51 @@ class Replay:
 
 
 class _Run:
-    """Hooks on the first and the last block of a site, for one call."""
+    """Hooks on the blocks of a site, for one call: what any of them returns may be used later."""
 
     def __init__(self, owner: Replay, branch: str, name: str, reuse: bool) -> None:
         start, stop = owner.sites[name]
         self.name, self._reuse = name, reuse
         self._kept = owner.kept.get((name, branch), [])
         self._entering: Streams = []
-        self._leaving: Streams = []
-        first, last = owner.blocks[start], owner.blocks[stop - 1]
-        self._hooks = [
-            first.register_forward_pre_hook(self._enter, with_kwargs=True),
-            last.register_forward_hook(self._leave),
-        ]
+        self._leaving: list[Streams] = []
+        blocks = owner.blocks[start:stop]
+        self._hooks = [blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self._hooks += [block.register_forward_hook(self._leave) for block in blocks]
 
     def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         self._entering = tensors((args, kwargs))
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
+        leaving = tensors(output)
+        self._leaving.append(leaving)
         if not self._reuse:
-            self._leaving = tensors(output)
             return None
+        kept = self._kept[len(self._leaving) - 1]
+        made = iter(
+            value if base is None else base + value
+            for base, value in zip(self._bases(leaving), kept, strict=True)
+        )
         leaves, spec = pytree.tree_flatten(output)
-        made = iter(self._pairs(tensors(output)))
-        replaced = []
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                base, index = next(made)
-                kept = self._kept[index]
-                leaf = kept if base is None else base + kept
-            replaced.append(leaf)
+        replaced = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return pytree.tree_unflatten(replaced, spec)
 
-    def _pairs(self, leaving: Streams) -> list[tuple[Tensor | None, int]]:
+    def _bases(self, leaving: Streams) -> list[Tensor | None]:
         """For each stream, the same one where it enters: the first of its shape and type."""
         free, found = list(self._entering), []
-        for index, out in enumerate(leaving):
+        for out in leaving:
             base = next((e for e in free if (e.shape, e.dtype) == (out.shape, out.dtype)), None)
             free = [e for e in free if e is not base]
-            found.append((base, index))
+            found.append(base)
         return found
 
-    def residuals(self) -> Streams:
-        pairs = zip(self._pairs(self._leaving), self._leaving, strict=True)
-        return [out.clone() if base is None else out - base for (base, _), out in pairs]
+    def residuals(self) -> list[Streams]:
+        """Block by block, stream by stream."""
+        return [
+            [out.clone() if base is None else out - base for base, out in
+             zip(self._bases(leaving), leaving, strict=True)]
+            for leaving in self._leaving
+        ]  # fmt: skip
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -58,7 +58,7 @@ Every class is built tiny, with random weights and the inputs that its pipeline 
   (`concatenated`), or a guider object that decides.
 - a policy's column: in how many of the 24 calls something was reused, where every call equals the
   model with the same decisions replayed by hooks on its blocks (`tests/replay.py`); `compute`:
-  bitwise equal to the model.
+  bitwise equal to the model, or how near (experts that run as one add up in another order).
 - *captures, late*: graphs that were captured, and how many of them after the first request.
 - *lowerings*: which give what the rewritten graph gives: regions or one graph, run eagerly or by
   Inductor.
@@ -111,7 +111,8 @@ def _cell(name: str, result: Mapping[str, Any]) -> str:
         return "no"
     if not result["exact"]:
         return f"off by {result['distance']:.0e}"
-    return "equal" if name == "compute" else str(result["reused"])
+    equal = "equal" if not result["distance"] else f"to {result['distance']:.0e}"
+    return equal if name == "compute" else str(result["reused"])
 
 
 def _short(text: str) -> str:

@@ -215,7 +215,9 @@ def replace_outputs(graph: fx.Graph, call: fx.Node, outputs: Sequence[fx.Node]) 
         with graph.inserting_after(at):
             item = graph.call_function(operator.getitem, (call, i))
         item._rename(output.name)
-        item.meta = {k: v for k, v in output.meta.items() if k in ("example_value", "place")}
+        item.meta = {
+            k: v for k, v in output.meta.items() if k in ("example_value", "place", "stream")
+        }
         output.replace_all_uses_with(item)
         at = item
 

@@ -1,128 +1,234 @@
-"""What reused sites should give, on a model that nobody rewrote: hooks on its own blocks.
+"""Replays the decisions of a cached request on the model that nobody rewrote.
 
-For models that no reference was written for. Decisions are taken from a report and replayed: a
-skipped run of blocks still computes, and what it returns is replaced. What stands in are the usual
-predictors: the last output of a call, the last residual of blocks, the last difference of guidance.
-Nothing here knows how cachepass rewrites a graph.
+The other side of a comparison for any model, by forward hooks alone: a model computes in full, and
+what a site reuses is put in the place of what was computed. When to reuse is not decided here: that
+comes from the report of the cached request. What stands in is what a site says with the predictor
+`Reuse`, the value of the last full call of the same branch:
+
+- a run of blocks: each block in it hands on, for each of its output streams, the stream that
+  enters the run plus what it had gained by that block. An output that goes on from nothing that
+  enters the run, or in another shape, is handed on as it was.
+- the whole call: its output.
+- the unconditional call: this step's conditional output plus the difference of the two.
+
+Streams are told by identity: where a block hands on the very tensor that the next block of its
+stack takes as an argument, output and argument are one stream. Where code between the blocks
+makes new tensors, an output goes on from the first argument of its shape.
+
+::
+
+    outputs, calls = record(cached, [(step, "cond", inputs), ...], steps=8)
+    replay = Replay(model, report["stacks"], cached.denoiser.policy.sites)
+    for got, want in zip(outputs, replay.run(calls), strict=True): ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import collections
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-Streams = list[Tensor]
+import cachepass
+from cachepass.ir.boundary import Blocks, Cfg, Site, WholeCall
+
+Given = tuple[int, str, Mapping[str, Any]]
+"""Step, branch and keyword arguments of a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a cached request, and which sites it reused."""
+
+    step: int
+    branch: str
+    inputs: Mapping[str, Any]
+    reused: frozenset[str]
+
+
+def record(cached: Any, given: Iterable[Given], *, steps: int) -> tuple[list[Any], list[Call]]:
+    """What each call of a new request returns, and the decisions that its report tells.
+
+    Rows of a call have to decide alike.
+    """
+    session, given = cachepass.session(cached, num_inference_steps=steps), list(given)
+    outputs = []
+    for step, branch, inputs in given:
+        with session.at(step=step, branch=branch):
+            outputs.append(cached(**inputs))
+    (request,) = cachepass.report(session).to_dict()["requests"]
+    reused = {}
+    for row in request["steps"]:
+        assert all(names == row["reused"][0] for names in row["reused"]), "rows decide differently"
+        reused[row["step"], row["branch"]] = frozenset(row["reused"][0])
+    return outputs, [Call(step, branch, i, reused[step, branch]) for step, branch, i in given]
+
+
+@dataclasses.dataclass
+class _Visit:
+    """A block in a call. Values are copies: code between the blocks may write to the tensors."""
+
+    stack: str
+    taken: dict[str, Tensor]
+    """Its arguments by their path in ``(args, kwargs)``."""
+
+    entering: dict[str, Tensor]
+    given: list[Any] = dataclasses.field(default_factory=list)
+    """Its outputs, flat."""
+
+    leaving: list[Any] = dataclasses.field(default_factory=list)
 
 
 class Replay:
-    """A request on a plain model, told what is reused in each call."""
+    """Runs calls of a request as they were decided.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        stacks: Sequence[str],
-        sites: Mapping[str, tuple[int, int]],
-    ) -> None:
-        """Take a model.
+    Args:
+        model: as it was before `cachepass.compile`.
+        stacks: paths of the lists that hold the blocks, as a report names them.
+        sites: of the policy; all with the predictor `Reuse`, and none a sublayer.
+    """
 
-        Args:
-            model: not compiled.
-            stacks: paths of its stacks, in the order of their execution.
-            sites: runs of blocks ``[start, stop)`` by name, counted over all stacks.
-        """
-        self.model, self.sites = model, sites
-        self.blocks = [b for path in stacks for b in model.get_submodule(path).children()]
+    def __init__(self, model: nn.Module, stacks: Iterable[str], sites: Iterable[Site]) -> None:
+        self.model, self.sites = model, tuple(sites)
+        for site in self.sites:
+            assert isinstance(site, (Blocks, WholeCall, Cfg)), f"{site.name} is not replayed"
+            assert isinstance(site.stand_in, cachepass.Reuse), f"{site.name} predicts otherwise"
+        lists = {name: model if name == "self" else model.get_submodule(name) for name in stacks}
+        self.blocks = {block: name for name, part in lists.items() for block in part.children()}
         self.kept: dict[tuple[str, str], Any] = {}
-        """(site, branch) -> what stands in."""
-        self.step, self.now = -1, dict[str, Streams]()
-        """Outputs of this step's calls by branch."""
+        """What a site keeps for a branch; of a run of blocks, by block and output."""
+
+        self.streams: dict[str, dict[int, str]] = collections.defaultdict(dict)
+        """For each stack: from which argument an output of its blocks goes on, by identity."""
+
+        self.visits: list[_Visit] = []
+        self.count = 0
+
+    def run(self, calls: Sequence[Call]) -> list[Any]:
+        """What each call returns."""
+        outputs: dict[int, Any] = {}
+        cfg = {site.name for site in self.sites if isinstance(site, Cfg)}
+        for _, group in itertools.groupby(enumerate(calls), key=lambda numbered: numbered[1].step):
+            step, now = list(group), dict[str, Any]()
+            skips_uncond = any(cfg & call.reused for _, call in step)
+            # A reused unconditional call needs the conditional one, whichever comes first.
+            for i, call in sorted(step, key=lambda numbered: numbered[1].branch != "cond"):
+                full = not call.reused and not skips_uncond  # only these refresh what is kept
+                now[call.branch] = outputs[i] = self._call(call, full, now.get("cond"))
+        return [outputs[i] for i in range(len(calls))]
 
     @torch.no_grad()
-    def call(
-        self, step: int, branch: str, given: Mapping[str, Any], reused: Collection[str]
-    ) -> Streams:
-        """The tensors that a call returns, where the sites `reused` are."""
-        if step != self.step:
-            self.step, self.now = step, {}
-        if "step" in reused:
-            kept: Streams = self.kept["step", branch]
-            return kept
-        if "cfg" in reused:
-            pairs = zip(self.now["cond"], self.kept["cfg", ""], strict=True)
-            return [c + delta for c, delta in pairs]
-        runs = [_Run(self, branch, name, name in reused) for name in self.sites]
-        try:
-            out = tensors(self.model(**given))
-        finally:
-            for run in runs:
-                run.remove()
-        self.now[branch] = out
-        if not reused:
-            for run in runs:
-                self.kept[run.name, branch] = run.residuals()
-            self.kept["step", branch] = out
-            if {"cond", "uncond"} <= self.now.keys():
-                pairs = zip(self.now["cond"], self.now["uncond"], strict=True)
-                self.kept["cfg", ""] = [u - c for c, u in pairs]
+    def _call(self, call: Call, full: bool, cond: Any) -> Any:
+        reused = [site for site in self.sites if site.name in call.reused]
+        for site in reused:
+            kept = self.kept.get((site.name, "" if isinstance(site, Cfg) else call.branch))
+            if isinstance(site, WholeCall):
+                return kept
+            if isinstance(site, Cfg):
+                return _map(torch.add, cond, kept)
+        runs = [site for site in reused if isinstance(site, Blocks)]
+        with self._watched(runs, call.branch):
+            out = self.model(**call.inputs)
+        if not full:
+            return out
+        self._learn()
+        for site in self.sites:
+            if isinstance(site, Blocks):
+                self.kept[site.name, call.branch] = self._gains(site)
+            elif isinstance(site, WholeCall):
+                self.kept[site.name, call.branch] = pytree.tree_map_only(Tensor, torch.clone, out)
+            elif call.branch == "uncond" and cond is not None:
+                self.kept[site.name, ""] = _map(torch.sub, out, cond)
         return out
 
+    @contextlib.contextmanager
+    def _watched(self, runs: Sequence[Blocks], branch: str) -> Iterator[None]:
+        """Each block leaves a visit; those of the runs hand on what stands in for them."""
+        self.visits = []
+        ranges = [(site, *site.range(self.count)) for site in runs]
+        ranges.sort(key=lambda r: r[1] - r[2])  # the widest first: it skips the others
 
-class _Run:
-    """Hooks on the blocks of a site, for one call: what any of them returns may be used later."""
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
+            taken = {pytree.keystr(p): v for p, v in leaves if isinstance(v, Tensor)}
+            copies = {path: value.clone() for path, value in taken.items()}
+            self.visits.append(_Visit(self.blocks[block], taken, copies))
 
-    def __init__(self, owner: Replay, branch: str, name: str, reuse: bool) -> None:
-        start, stop = owner.sites[name]
-        self.name, self._reuse = name, reuse
-        self._kept = owner.kept.get((name, branch), [])
-        self._entering: Streams = []
-        self._leaving: list[Streams] = []
-        blocks = owner.blocks[start:stop]
-        self._hooks = [blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True)]
-        self._hooks += [block.register_forward_hook(self._leave) for block in blocks]
-
-    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._entering = tensors((args, kwargs))
-
-    def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
-        leaving = tensors(output)
-        self._leaving.append(leaving)
-        if not self._reuse:
+        def leave(block: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            visit, index = self.visits[-1], len(self.visits) - 1
+            visit.given, tree = pytree.tree_flatten(out)
+            visit.leaving = pytree.tree_map_only(Tensor, torch.clone, visit.given)
+            for site, start, stop in ranges:
+                if start <= index < stop:
+                    kept = self.kept[site.name, branch][index]
+                    return pytree.tree_unflatten(self._stand_in(start, kept, visit), tree)
             return None
-        kept = self._kept[len(self._leaving) - 1]
-        made = iter(
-            value if base is None else base + value
-            for base, value in zip(self._bases(leaving), kept, strict=True)
-        )
-        leaves, spec = pytree.tree_flatten(output)
-        replaced = [next(made) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(replaced, spec)
 
-    def _bases(self, leaving: Streams) -> list[Tensor | None]:
-        """For each stream, the same one where it enters: the first of its shape and type."""
-        free, found = list(self._entering), []
-        for out in leaving:
-            base = next((e for e in free if (e.shape, e.dtype) == (out.shape, out.dtype)), None)
-            free = [e for e in free if e is not base]
-            found.append(base)
+        hooks = [
+            hook for block in self.blocks
+            for hook in (
+                block.register_forward_pre_hook(enter, with_kwargs=True),
+                block.register_forward_hook(leave, with_kwargs=True),
+            )
+        ]  # fmt: skip
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _stand_in(self, start: int, kept: Sequence[Any], visit: _Visit) -> list[Any]:
+        entering = self.visits[start].entering
+        return [
+            value if gain is None else gain if path is None else entering[path] + gain
+            for value, (path, gain) in zip(visit.leaving, kept, strict=True)
+        ]
+
+    def _learn(self) -> None:
+        """Streams by identity, and the number of blocks."""
+        self.count = len(self.visits)
+        for visit, following in itertools.pairwise(self.visits):
+            if visit.stack == following.stack:
+                for i, value in enumerate(visit.given):
+                    for path, argument in following.taken.items():
+                        if argument is value:
+                            self.streams[visit.stack].setdefault(i, path)
+
+    def _gains(self, site: Blocks) -> dict[int, list[tuple[str | None, Any]]]:
+        """For each block of a run and each output: the argument it goes on from, its gain."""
+        start, stop = site.range(self.count)
+        first, found = self.visits[start], {}
+        for index in range(start, stop):
+            visit, free = self.visits[index], dict(first.entering)
+            found[index] = [
+                self._gain(site, first, visit, i, free) for i in range(len(visit.leaving))
+            ]
         return found
 
-    def residuals(self) -> list[Streams]:
-        """Block by block, stream by stream."""
-        return [
-            [out.clone() if base is None else out - base for base, out in
-             zip(self._bases(leaving), leaving, strict=True)]
-            for leaving in self._leaving
-        ]  # fmt: skip
+    def _gain(
+        self, site: Blocks, first: _Visit, visit: _Visit, i: int, free: dict[str, Tensor]
+    ) -> tuple[str | None, Any]:
+        value = visit.leaving[i]
+        if not isinstance(value, Tensor):
+            return None, None
+        known = self.streams[first.stack]
+        paths = list(known.values()) or list(free)
+        if visit.stack == first.stack and known:
+            paths = [known[i]] if i in known else []
+        for path in paths:
+            base = free.get(path) if site.keep == "residual" else None
+            if base is not None and (base.shape, base.dtype) == (value.shape, value.dtype):
+                del free[path]
+                return path, value - base
+        return None, value
 
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
-
-def tensors(value: Any) -> Streams:
-    """All tensors in a tuple, a dict or one of diffusers' outputs."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+def _map(function: Any, *trees: Any) -> Any:
+    """A function of tensors, on trees of them."""
+    return pytree.tree_map(lambda *v: function(*v) if isinstance(v[0], Tensor) else v[0], *trees)

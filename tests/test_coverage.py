@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks.coverage.check import POLICIES, check
 from benchmarks.coverage.loops import called_in_loops, transformer_classes
 from benchmarks.coverage.page import page
-from tests.models import TOY, WAN
-from tests.replay import Replay
+from tests.models import TOY
 from tests.zoo.entry import Entry
 
 ENTRY = Entry(build=TOY.build, inputs=TOY.inputs, main=("layers",), latent="x", timestep="t")
@@ -60,21 +58,6 @@ def test_a_class_that_fails() -> None:
 
 def _page(found: dict[str, Any]) -> list[str]:
     return page(found, called_in_loops(), transformer_classes()).splitlines()
-
-
-@pytest.mark.parametrize("site", ["block", "cfg", "step"])
-def test_a_replay_is_no_plain_call(site: str) -> None:
-    """What is compared with would show it, if nothing were skipped."""
-    model = WAN.model()
-    replay, wrong = (Replay(model, ["blocks"], {"block": (1, 3)}) for _ in range(2))
-    for step in (0, 1):
-        for branch, seed in (("cond", 1), ("uncond", 2)):
-            given = WAN.example(seed)
-            given["hidden_states"] = given["hidden_states"] * (1 + step)
-            reused = {site} if step == 1 and branch == "uncond" else set()
-            (out,) = replay.call(step, branch, given, reused)
-            (plain,) = wrong.call(step, branch, given, ())
-    assert not torch.equal(out, plain)
 
 
 def test_every_policy_of_the_table_is_checked() -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import cachepass
 from cachepass.runtime.policy import NamedPolicy
-from tests.replay import Replay, tensors
+from tests.replay import Replay, record
 from tests.zoo import ZOO
 from tests.zoo.entry import Entry
 
@@ -29,17 +30,17 @@ NEAR = 1e-5
 """Relative L2 within which two executions are equal."""
 
 # Thresholds that let every policy reuse within a dozen steps of a model with random weights; what
-# stands in are the plain values, which tests/replay.py can make.
+# stands in are the last values, which tests/replay.py can make.
 POLICIES: dict[str, NamedPolicy] = {
     "compute": cachepass.Compute(),
     "schedule": cachepass.Schedule(
         reuse={2: "step", 4: "cfg", 6: "block", 8: "stack", 9: "step", 10: "block"}
     ),
-    "firstblock": cachepass.FirstBlock(threshold=1e9, warmup_steps=2, predictor=None),
+    "firstblock": cachepass.FirstBlock(threshold=1e9, warmup_steps=2, predictor=cachepass.Reuse()),
     "mixcache": cachepass.MixCache(
-        trigger=1e9, warmup=0.0, interval=(2, 3), repeat_penalty=100.0, predictor=None
+        trigger=1e9, warmup=0.0, interval=(2, 3), repeat_penalty=100.0, predictor=cachepass.Reuse()
     ),
-    "adacache": cachepass.AdaCache(codebook=((1e9, 2),), predictor=None),
+    "adacache": cachepass.AdaCache(codebook=((1e9, 2),), predictor=cachepass.Reuse()),
     "dbcache": cachepass.DBCache(front=1, threshold=1e9, warmup_steps=2),
 }
 
@@ -61,7 +62,7 @@ def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
     model = entry.model()
     told["main"] = all(found.get(name) == len(getattr(model, name)) for name in entry.main)
     told["policies"] = {
-        name: _policy(entry, policy, found, batched=bool(told["notes"]))
+        name: _policy(entry, policy, list(found), batched=bool(told["notes"]))
         for name, policy in POLICIES.items()
     }
     told["lowerings"] = {
@@ -73,42 +74,30 @@ def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
 
 
 def _policy(
-    entry: Entry, policy: NamedPolicy, stacks: dict[str, int], *, batched: bool
+    entry: Entry, policy: NamedPolicy, stacks: Sequence[str], *, batched: bool
 ) -> dict[str, Any]:
     """A guided request against its replay: whether each call is equal, and what was reused.
 
     `batched` where experts run as one, which add up in another order than their loop.
     """
-    model = entry.model()
-    cached: Any = cachepass.compile(entry.model(), policy=policy, inner="eager")
+    model, cached = entry.model(), _compiled(entry, policy, "regions", "eager")
     try:
-        outputs = _request(cached, entry)
+        outputs, calls = record(cached, _given(entry, STEPS), steps=STEPS)
+        before = cachepass.report(cached).to_dict()["compiles"]["graphs"]
+        again, _ = record(cached, _given(entry, STEPS), steps=STEPS)
     except Exception as error:
         return {"error": _reason(error)}
-    report = cachepass.report(cached).to_dict()
-    (request,) = report["requests"]
-    blocks = sum(stacks.values())
-    sites = {
-        site.name: site.range(blocks)
-        for site in policy.combine().sites
-        if isinstance(site, cachepass.Blocks)
-    }
-    replay = Replay(model, list(stacks), sites)
-    worst, reused = 0.0, 0
-    for call, output in zip(request["steps"], outputs, strict=True):
-        names = call["reused"][0]
-        reused += bool(names)
-        given = _given(entry, call["step"], call["branch"])
-        worst = max(worst, _worst(output, replay.call(call["step"], call["branch"], given, names)))
+    expected = Replay(model, stacks, cached.denoiser.policy.sites).run(calls)
+    worst = max(map(_distance, outputs, expected))
     bitwise = not policy.combine().sites and not batched
     exact = worst == 0 if bitwise else worst < NEAR
-    before = report["compiles"]["graphs"]
-    _request(cached, entry)
-    late = cachepass.report(cached).to_dict()["compiles"]["graphs"] - before
+    repeats = max(map(_distance, again, outputs)) < NEAR
     return {
-        "exact": exact, "distance": worst, "reused": reused, "calls": len(outputs),
-        "sites": sorted({n for c in request["steps"] for n in c["reused"][0]}),
-        "graphs": before, "late": late,
+        "exact": exact and repeats, "distance": worst, "calls": len(calls),
+        "reused": sum(bool(call.reused) for call in calls),
+        "sites": sorted(set().union(*(call.reused for call in calls))),
+        "graphs": before,
+        "late": cachepass.report(cached).to_dict()["compiles"]["graphs"] - before,
     }  # fmt: skip
 
 
@@ -116,11 +105,15 @@ def _lowered(entry: Entry, lowering: Any, inner: Any) -> str:
     """Empty if some calls under `schedule` are what the plain lowering makes of them."""
     policy = cachepass.Schedule(reuse={1: "step", 3: "block"})
     try:
-        expected = _request(_compiled(entry, policy, "regions", "eager"), entry, steps=4)
-        found = _request(_compiled(entry, policy, lowering, inner), entry, steps=4)
+        expected, calls = record(
+            _compiled(entry, policy, "regions", "eager"), _given(entry, 4), steps=4
+        )
+        found, same = record(_compiled(entry, policy, lowering, inner), _given(entry, 4), steps=4)
     except Exception as error:
         return _reason(error)
-    worst = max(_worst(a, b) for a, b in zip(found, expected, strict=True))
+    if [call.reused for call in same] != [call.reused for call in calls]:
+        return "decides differently"
+    worst = max(map(_distance, found, expected))
     return "" if worst < NEAR else f"differs by {worst:.1e}"
 
 
@@ -128,29 +121,22 @@ def _compiled(entry: Entry, policy: NamedPolicy, lowering: Any, inner: Any) -> A
     return cachepass.compile(entry.model(), policy=policy, lowering=lowering, inner=inner)
 
 
-def _given(entry: Entry, step: int, branch: str) -> dict[str, Any]:
-    return entry.call(step, STEPS, seed=1 + BRANCHES.index(branch))
+def _given(entry: Entry, steps: int) -> list[tuple[int, str, dict[str, Any]]]:
+    """The calls of a guided request."""
+    return [
+        (step, branch, entry.call(step, STEPS, seed=1 + BRANCHES.index(branch)))
+        for step in range(steps)
+        for branch in BRANCHES
+    ]
 
 
-def _request(cached: Any, entry: Entry, steps: int = STEPS) -> list[list[Tensor]]:
-    session = cachepass.session(cached, num_inference_steps=steps)
-    outputs = []
-    for step in range(steps):
-        for branch in BRANCHES:
-            with session.at(step=step, branch=branch):
-                outputs.append([t.clone() for t in tensors(cached(**_given(entry, step, branch)))])
-    return outputs
-
-
-def _worst(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def _distance(a: Any, b: Any) -> float:
     """The largest relative L2 distance of two outputs, tensor by tensor."""
-
-    def distance(x: Tensor, y: Tensor) -> float:
-        if torch.equal(x, y):
-            return 0.0
-        return float((x.double() - y.double()).norm() / y.double().norm())
-
-    return max(distance(x, y) for x, y in zip(a, b, strict=True))
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
+    return max(
+        (float((x - y).double().norm() / y.double().norm()) for x, y in tensors), default=0.0
+    )
 
 
 def _reason(error: BaseException) -> str:

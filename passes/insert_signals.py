@@ -15,6 +15,7 @@ from cachepass.ir.boundary import (
     Against,
     BlockChange,
     CacheChange,
+    Kind,
     LatentChange,
     Layout,
     OutputChange,
@@ -32,6 +33,7 @@ from cachepass.ir.rows import kept_along
 from cachepass.ir.skippable import latent_of
 from cachepass.pass_manager import PassResult
 
+_SELF = (Kind.SELF_ATTENTION, Kind.SPATIAL_ATTENTION, Kind.TEMPORAL_ATTENTION)
 Nodes = dict[fx.Node, fx.Node]
 Late = tuple[Sequence[Slot], fx.Node]
 """What is written at full calls, after the decision: slots and value."""
@@ -46,7 +48,8 @@ class InsertSignals:
     2. `TimestepChange` is measured before the first block.
     3. `BlockChange` is measured after its blocks; its reference is refreshed after the decision.
     4. `SublayerChange` is measured inside its block, so that Inductor fuses it there; what it
-       finds serves later calls.
+       finds serves later calls. Where no self-attention is seen in the block (it may be linear),
+       it is all that the block adds.
     5. `CacheChange` is measured where its site keeps its value, by the pass of that site.
     6. `OutputChange` is measured at the end.
     7. A policy without sites never decides: nothing is inserted.
@@ -223,20 +226,30 @@ def _measure_sublayer(
 ) -> None:
     index = signal.index(layout.blocks)
     graph, nodes = gm.graph, _block_nodes(gm.graph, layout, index)
-    entering, _ = _stream(nodes)
+    entering, leaving = _stream(nodes)
+    kinds = _SELF if signal.kind is Kind.SELF_ATTENTION else (signal.kind,)
     found = [
         s for s in layout.sublayers
-        if s.block == index and s.kind is signal.kind
+        if s.block == index and s.kind in kinds
         and same_shape(value_of(s.cut or s.residual), value_of(entering))
     ]  # fmt: skip
-    if not found:
-        kinds = sorted({s.kind.value for s in layout.sublayers}) or ["none"]
-        raise PolicyError(
-            f"the policy measures the {signal.kind.value} of block {index}, which was not found; "
-            f"kinds of sublayers found in this model: {', '.join(kinds)}"
+    if found:
+        residual, cut, place = found[0].residual, found[0].cut, place_of(found[0].residual)
+    else:
+        there = ", ".join(sorted({s.kind.value for s in layout.sublayers}) or ["none"])
+        if signal.kind is not Kind.SELF_ATTENTION:
+            raise PolicyError(
+                f"the policy measures the {signal.kind.value} of block {index}, which was not "
+                f"found; kinds of sublayers found in this model: {there}"
+            )
+        layout.missing[f"{signal.kind.value} of block {index}"] = (
+            f"not found (kinds of sublayers in this model: {there}): what is measured is all that "
+            "the block adds"
         )
-    residual, cut = found[0].residual, found[0].cut
-    place = place_of(residual)
+        cut, place = None, place_of(leaving)
+        with graph.inserting_after(leaving):
+            residual = graph.call_function(operator.sub, (leaving, entering))
+        residual.meta.update(place=place, example_value=leaving.meta["example_value"])
     if cut is not None:  # of the stream alone
         with graph.inserting_after(residual):
             residual = graph.call_function(operator.getitem, (residual, cut.args[1]))

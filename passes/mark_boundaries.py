@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
-from cachepass.ir.graph import module_paths, mutated, same_shape, value_of
+from cachepass.ir.graph import CONTEXTS, module_paths, mutated, same_shape, value_of
 from cachepass.pass_manager import PassResult
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
@@ -157,6 +157,7 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
                 block = counter.setdefault(key, len(counter))
                 node.meta["place"] = Place(match[1] or "self", block)
                 break
+    _keep_pairs_together(nodes)
     inside = tuple(f"{prefix}." for prefix in (*layout.outside, *stacks))
     layout.outside = {k: why for k, why in layout.outside.items() if not k.startswith(inside)}
     for prefix, _ in counter:
@@ -169,6 +170,19 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
             f"{lists or 'no module list'}. Without blocks there is nothing to skip: use "
             "torch.compile for this model"
         )
+
+
+def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
+    """What stands between the two ends of a context belongs where its first end does."""
+    entered: list[Place | None] = []
+    for node in nodes:
+        name = getattr(node.target, "__name__", "")
+        if entered and entered[-1] is not None:
+            node.meta.setdefault("place", entered[-1])
+        if name in CONTEXTS:
+            entered.append(place_of(node))
+        elif entered and name in CONTEXTS.values():
+            entered.pop()
 
 
 def _find_streams(

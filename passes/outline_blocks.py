@@ -46,6 +46,8 @@ def _runs(gm: fx.GraphModule, edges: set[int]) -> list[tuple[Place, list[fx.Node
     runs: list[tuple[Place, list[fx.Node]]] = []
     last: Place | None = None  # of the node before, if that may go on
     for node in gm.graph.nodes:
+        if node.op == "get_attr":  # comes along with who uses it
+            continue
         place = place_of(node)
         fits = node.op in ("call_function", "call_method")
         if place is None or not fits or is_frame_op(node) or is_item(node):

@@ -21,6 +21,12 @@ from cachepass.ir.rows import carried
 BuildArm = Callable[[fx.Graph, fx.Node, dict[fx.Node, fx.Node]], Sequence[fx.Node]]
 """Fills the graph of an arm: (graph, frame, outer node -> inner node) -> its outputs."""
 
+CONTEXTS = {
+    "_enter_autocast": "_exit_autocast",
+    "_vmap_increment_nesting": "_vmap_decrement_nesting",
+}
+"""How capture writes contexts that something runs in: two operations, by name."""
+
 _MUTATING_FUNCTIONS = frozenset({operator.setitem, operator.iadd, operator.imul, operator.isub})
 
 

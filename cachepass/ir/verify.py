@@ -10,13 +10,10 @@ from torch import fx
 from cachepass.errors import VerifyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import mutated, walk
+from cachepass.ir.graph import CONTEXTS, mutated, walk
 
 _RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
                      torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip
-_PAIRS = {
-    torch.amp.autocast_mode._enter_autocast: torch.amp.autocast_mode._exit_autocast,
-}
 
 
 def verify(gm: fx.GraphModule) -> None:
@@ -165,10 +162,8 @@ def _check_region(region: fx.GraphModule, name: str) -> None:
                 f"region {name!r} writes to its argument {base.name!r} ({node.name}): the "
                 "memory is shared with another region"
             )
-        if node.target in _PAIRS:
-            open_contexts += 1
-        elif node.target in _PAIRS.values():
-            open_contexts -= 1
+        called = getattr(node.target, "__name__", "")
+        open_contexts += (called in CONTEXTS) - (called in CONTEXTS.values())
     if open_contexts:
         raise VerifyError(f"region {name!r} opens or closes a context without its other half")
 

@@ -198,7 +198,7 @@ def report(model: Any) -> Report:
         return report_of(owner, only=model.history)
     return merged(
         {
-            name: report_of(cached.denoiser, notes=cached.shadow.explain())
+            name: report_of(cached.denoiser, notes=cached.notes())
             for name, cached in _cached(model).items()
         }
     )

@@ -61,7 +61,12 @@ def backend_of(
         observers = []
         if dump is not None:
             observers = [dump_to(pathlib.Path(dump, f"graph{number}") if number else dump)]
-        result = run_passes(gm, passes, observers=observers)
+        try:
+            result = run_passes(gm, passes, observers=observers)
+        except CachePassError as error:
+            if capture.sized_by_data(gm):
+                raise capture.SizedByDataError(str(error)) from error
+            raise
         program = Program(denoiser, result.graph_module, lower_program)
         denoiser.programs.append(program)
         return program

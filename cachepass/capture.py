@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import Unsupported, UserError
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from cachepass.errors import CaptureError
 from cachepass.ir.graph import module_paths
+from cachepass.record import record
+
+FAILURES = (Unsupported, UserError)
+"""What dynamo raises for a call that it cannot capture."""
 
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub"})
 
@@ -43,7 +49,8 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
         value = node.meta.get("example_value")
         node.meta["weight"] = static is not None or isinstance(value, torch.nn.Parameter)
-        name = node.meta["argument"] = _argument(placeholder, parameters)
+        name = placeholder.meta.get("argument") or _argument(placeholder, parameters)
+        node.meta["argument"] = name
         (first,) = re.findall(r"^\w*", name)
         # Dynamo's order is that of first use.
         node.meta["order"] = [*parameters, first].index(first)
@@ -68,6 +75,10 @@ def _constants(node: fx.Node) -> tuple[Any, ...]:
     name = getattr(node.target, "__name__", str(node.target))
     kinds = (float, str, bool, int) if name in _ARITHMETIC else (float, str, bool)
     return tuple(a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, kinds))
+
+
+class SizedByDataError(CaptureError):
+    """A graph with sizes that are known at run time only is in the way of the passes."""
 
 
 class _Captured(Exception):  # noqa: N818 - no error: it ends a call whose graph is wanted alone
@@ -115,17 +126,37 @@ def capture_call(
         with torch.no_grad(), fixed:
             try:
                 compiled(**given)
-            except Unsupported:  # tables that a first call builds are there in the second
+            except FAILURES:  # tables that a first call builds are there in the second
                 model(**inputs)
                 compiled(**given)
     except _Captured:
+        if not open_sizes and sized_by_data(found[0][0]):
+            with contextlib.suppress(CaptureError):
+                return _recorded(model, inputs)
         return found[0]
-    except Unsupported as error:
-        raise explain_failure(error, type(model).__name__) from error
+    except FAILURES as error:
+        try:
+            return _recorded(model, inputs)
+        except (CaptureError, RuntimeError):  # of tensors without values (meta), too
+            raise explain_failure(error, type(model).__name__) from error
     finally:
         if not marked:  # torch.compile leaves a flag on the user's module
             vars(model).pop("_is_torch_compile", None)
     raise CaptureError(f"the call of {type(model).__name__} computes nothing")
+
+
+def _recorded(
+    model: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    recording = record(model, (), inputs)
+    gm = own_graph(recording.gm, tuple(inspect.signature(model.forward).parameters))
+    return gm, tuple(recording.arguments(pytree.tree_leaves(((), dict(inputs)))))
+
+
+def sized_by_data(gm: fx.GraphModule) -> bool:
+    """Whether the sizes of some value in a captured graph are known at run time only."""
+    values = [n.meta.get("example_value") for n in gm.graph.nodes]
+    return any(isinstance(v, Tensor) and free_unbacked_symbols(v) for v in values)
 
 
 def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:
@@ -140,7 +171,7 @@ def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:
 
 
 def _name_of(placeholder: fx.Node, parameters: Sequence[str]) -> str:
-    name = _argument(placeholder, parameters)
+    name = placeholder.meta.get("argument") or _argument(placeholder, parameters)
     return name if name.isidentifier() else str(placeholder.name)
 
 

@@ -8,23 +8,24 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental import _config
-from torch.utils._pytree import tree_map
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachepass import capture
 from cachepass.backend import Inner, backend_of
-from cachepass.errors import CachePassError
+from cachepass.errors import CachePassError, CaptureError
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler
 from cachepass.moe.shadow import Shadow
+from cachepass.record import Recording, key_of, record
 from cachepass.runtime.batch import in_front
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint
 from cachepass.runtime.guidance import (
@@ -36,6 +37,7 @@ from cachepass.runtime.guidance import (
     latent_among,
 )
 from cachepass.runtime.policies import AnyPolicy, for_model
+from cachepass.runtime.program import Program
 from cachepass.runtime.storage import Storage
 
 Lowering = Literal["regions", "graph"]
@@ -52,7 +54,8 @@ class CachedModule(OptimizedModule):
     guidance: Guidance | None
     lowering: Lowering
     shadow: Shadow
-    _called_plain: bool
+    _recordings: list[tuple[Recording, Program]]
+    _backend: Callable[[fx.GraphModule, Sequence[Any]], Program]
     _marked: WeakTensorKeyDictionary
 
     def __init__(
@@ -89,7 +92,7 @@ class CachedModule(OptimizedModule):
         vars(self).update(
             denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
             lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
-            _marked=WeakTensorKeyDictionary(), _called_plain=False,
+            _marked=WeakTensorKeyDictionary(), _recordings=[], _backend=backend,
         )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
@@ -144,23 +147,55 @@ class CachedModule(OptimizedModule):
             if isinstance(error.inner_exception, CachePassError):
                 raise error.inner_exception from error.inner_exception.__cause__
             raise
-        except Unsupported as error:
+        except capture.FAILURES as error:
             raise capture.explain_failure(error, type(self._orig_mod).__name__) from error
 
     def _captured(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call; once, if it cannot be captured, after a plain one.
-
-        Some models build tables (of rotary frequencies) in their first call, by code that cannot be
-        captured, and find them there in the second.
-        """
+        """The call as dynamo captures it, or as a recording where dynamo cannot."""
         try:
-            return super().__call__(*args, **kwargs)
-        except Unsupported:
-            if self._called_plain:
+            if not self._recordings:
+                return super().__call__(*args, **kwargs)
+        except capture.FAILURES:
+            recording = None
+            with contextlib.suppress(CaptureError):
+                recording = record(self.shadow.module, args, kwargs)
+            # That was a plain call. Some models build tables (of rotary frequencies) in their
+            # first one, by code that cannot be captured, and find them there in the second.
+            try:
+                return super().__call__(*args, **kwargs)
+            except capture.FAILURES:
+                if recording is None:
+                    raise
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, capture.SizedByDataError):
                 raise
-            vars(self)["_called_plain"] = True
-            self.shadow.module(*args, **kwargs)
-            return super().__call__(*args, **kwargs)
+        recording, program = self._recorded(args, kwargs)
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        return recording.returned(program(*recording.arguments(leaves)))
+
+    def _recorded(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Recording, Program]:
+        """A recording that holds for a call, made now if there is none."""
+        model = self.shadow.module
+        key, leaves = key_of(model, args, kwargs), pytree.tree_leaves((args, dict(kwargs)))
+        with self.denoiser.lock:
+            for recording, program in self._recordings:
+                if recording.key == key and recording.holds(recording.arguments(leaves)):
+                    return recording, program
+            recording = record(model, args, kwargs)
+            program = self._backend(recording.gm, recording.arguments(leaves))
+            self._recordings.append((recording, program))
+            return recording, program
+
+    def notes(self) -> Iterator[str]:
+        """What a report should say of how the model was captured."""
+        yield from self.shadow.explain()
+        if self._recordings:
+            yield (
+                "the call chooses by data, so it was recorded as it ran: all sizes are fixed, and "
+                f"another choice is captured anew ({len(self._recordings)} so far)"
+            )
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
@@ -198,5 +233,5 @@ def _with_rows_open(
             marked[value] = version, copy
         return copy
 
-    found: tuple[Sequence[Any], Mapping[str, Any]] = tree_map(mark, (args, kwargs))
+    found: tuple[Sequence[Any], Mapping[str, Any]] = pytree.tree_map(mark, (args, kwargs))
     return found

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from cachepass.errors import PolicyError
 from cachepass.ir import ops
@@ -98,4 +99,9 @@ def _bases(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Nod
         if output not in found and (base := base_for(output, free)) is not None:
             found[output] = base
             free.remove(base)
+        elif output not in found and free_unbacked_symbols(output.meta["example_value"]):
+            raise PolicyError(
+                f"{output.name} leaves a run of blocks, and its size is known at run time only: it "
+                "cannot be told from which input it goes on"
+            )
     return found

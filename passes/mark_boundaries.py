@@ -28,7 +28,7 @@ class MarkBoundaries:
     1. *Inputs*: placeholders that are no weights, in the order of the model's signature. The
        latent is the first one of the shape of an output, one dimension (its channels) aside; else
        the first with at least three dimensions. The timestep is the one that is called so, else
-       the first with at most one dimension.
+       the first with at most one dimension, of floating ones if there are any.
     2. *Stacks*: entries of an indexed module list (``blocks.0``, ``blocks.1`` ...) that work
        on the latent and are repeated modules with modules of their own. The outermost such list on
        a node's module stack wins, so a list inside a block is part of the block. A list of
@@ -80,7 +80,10 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
         if layout.timestep is None and name in _TIMESTEP_NAMES:
             layout.timestep = node
     if layout.timestep is None:
-        layout.timestep = next((n for n in layout.inputs.values() if value_of(n).ndim <= 1), None)
+        named = [n for name, n in layout.inputs.items() if re.search(r"timesteps?$", name)]
+        small = [n for n in floating if value_of(n).ndim <= 1]
+        small += [n for n in layout.inputs.values() if value_of(n).ndim <= 1]
+        layout.timestep = next(iter([*named, *small]), None)
     if layout.latent is None:
         raise CaptureError(
             "no latent among the model's arguments: looked for a floating tensor of the shape of "
@@ -322,6 +325,8 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
     while node in inside and not _joins(node, inside):
         pair = terms(node)
         through = [t for t in pair if reaches(t)]
+        if len(pair) == 2 and not inside & set(pair):  # two that enter as one (positions)
+            break
         if len(pair) != 2 or len(through) != 1:
             return _Spine(residuals, None, sums)
         residual = pair[0] if through[0] is pair[1] else pair[1]

@@ -1,0 +1,127 @@
+"""Models that choose by data: recorded as they run, and captured anew for another choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cachepass
+from cachepass.record import record
+from tests.models import TINY, TOY, ToyDiT, as_tensor, distance
+
+
+class Choosing(ToyDiT):
+    """Asks Python whether labels are high, and drops what a mask says."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if (y > 5).all():
+            x = 2 * x
+        kept = torch.cat([t, t + 1, y.float()])
+        kept = kept[kept > 0.5]
+        return super().forward(x + kept.sum(), t, y)
+
+
+class Leaving(ToyDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if y.numpy().sum() > 5:
+            x = 2 * x
+        return super().forward(x, t, y)
+
+
+class Random(ToyDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if y.sum() > 0:
+            x = x + torch.randn_like(x)
+        return super().forward(x, t, y)
+
+
+def _given(label: int, seed: int = 1) -> dict[str, Any]:
+    return TOY.example(seed) | {"y": torch.tensor([label])}
+
+
+def _cached(model: Any, policy: Any = "compute") -> Any:
+    return cachepass.compile(model, policy=policy, inner="eager")
+
+
+def test_each_choice_is_captured_once() -> None:
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    cached = _cached(model)
+    for label, graphs in ((3, 1), (4, 1), (7, 2), (3, 2), (8, 2)):
+        with torch.no_grad():
+            expected = model(**_given(label, seed=label))
+        assert torch.equal(cached(**_given(label, seed=label)), expected)
+        assert cachepass.report(cached).to_dict()["compiles"]["graphs"] == graphs
+    assert "the call chooses by data, so it was recorded" in str(cachepass.report(cached))
+
+
+def test_policies_skip_what_was_recorded() -> None:
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    cached = _cached(model, cachepass.Schedule(reuse={1: "step", 3: "stack"}))
+    with cachepass.session(cached, num_inference_steps=4) as session:
+        found = []
+        for step in range(4):
+            with session.at(step=step):
+                found.append(cached(**_given(3, seed=step)))
+    with torch.no_grad():
+        expected = [model(**_given(3, seed=step)) for step in range(4)]
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[0]), "reused"
+    assert torch.equal(found[2], expected[2])
+    assert not torch.equal(found[3], expected[3])
+
+
+def test_weights_and_their_changes() -> None:
+    model = Choosing().eval()
+    cached = _cached(model)
+    before = cached(**_given(3))
+    with torch.no_grad():
+        first, second, *_ = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+        first.weight.mul_(1.5)
+        second.weight = torch.nn.Parameter(second.weight * 2)
+        expected = model(**_given(3))
+    assert torch.equal(cached(**_given(3)), expected)
+    assert not torch.equal(before, expected)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "mochi"])
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@pytest.mark.filterwarnings("ignore:CPU Autocast only supports:UserWarning")
+def test_a_recording_is_the_model(name: str) -> None:
+    tiny = TINY[name]
+    model, first = tiny.model(), tiny.example(1)
+    second = first | {"hidden_states": tiny.example(2)["hidden_states"]}
+    recording = record(model, (), first)
+    tensors = recording.arguments(torch.utils._pytree.tree_leaves(((), second)))
+    assert recording.holds(tensors)
+    with torch.no_grad():
+        found = as_tensor(recording.returned(recording.gm(*tensors)))
+        assert torch.equal(found, as_tensor(model(**second)))
+
+
+def test_compiled() -> None:
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    cached: Any = cachepass.compile(model, policy="compute")
+    with torch.no_grad():
+        assert distance(cached(**_given(3)), model(**_given(3))) < 1e-5
+
+
+def test_explain() -> None:
+    told = cachepass.explain(Choosing().eval(), _given(3)).to_dict()
+    assert told["stacks"] == [{"name": "layers", "blocks": 3, "classes": ["ToyBlock"]}]
+    assert told["inputs"]["x"][0] == "latent"
+
+
+@pytest.mark.parametrize(("kind", "line"), [(Leaving, "if y.numpy()"), (Random, "if y.sum")])
+def test_what_cannot_be_recorded_names_its_line(kind: type[ToyDiT], line: str) -> None:
+    """The error is dynamo's, which has a line and a reason."""
+    with pytest.raises(cachepass.CaptureError, match=r"test_record.py:\d+ in forward: ") as told:
+        _cached(kind().eval())(**_given(3))
+    number = int(str(told.value).split("test_record.py:")[1].split(" ")[0])
+    with open(__file__, encoding="utf-8") as source:  # noqa: PTH123
+        assert line in source.read().splitlines()[number - 1]

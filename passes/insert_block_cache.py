@@ -29,7 +29,7 @@ class InsertBlockCache:
     """Put each `Blocks` site under a conditional, inner ranges first.
 
     1. Where residuals are kept (the usual), what leaves is predicted from where its stream enters
-       (that of a skip connection, too). Where streams cannot be followed, it is the first input of
+       (that of a skip connection, too). Where no stream can be followed, it is the first input of
        its shape; an output without any is predicted from itself.
     2. The slots are written at full calls only; a `CacheChange` is measured just before.
     3. Ranges may lie inside each other, but may not overlap.
@@ -93,8 +93,9 @@ def _bases(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Nod
         same = [n for n in inputs if stream is not None and n.meta.get("stream") == stream]
         if (base := base_for(output, same)) is not None:
             found[output] = base
+    followed = bool(found)  # then what cannot be followed is no stream (a hint, a mask)
     # Text is not in every block's output: each residual needs an input of its own.
-    free = [n for n in inputs if n not in found.values()]
+    free = [] if followed else list(inputs)
     for output in outputs:
         if output not in found and (base := base_for(output, free)) is not None:
             found[output] = base

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import operator
 import re
 from collections.abc import Sequence
 
@@ -12,12 +11,11 @@ import torch
 from torch import fx
 
 from cachepass.errors import CaptureError
-from cachepass.ir.boundary import Kind, Layout, Place, Sublayer, place_of
-from cachepass.ir.graph import CONTEXTS, module_paths, mutated, same_shape, value_of
+from cachepass.ir.boundary import Layout, Place, place_of
+from cachepass.ir.graph import CONTEXTS, module_paths, mutated, value_of
+from cachepass.ir.sublayers import attention_key, find_sublayers, ndim, spine
 from cachepass.pass_manager import PassResult
 
-_CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
-_ATTENTION = frozenset({"scaled_dot_product_attention", "softmax", "flex_attention"})
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
 
@@ -57,7 +55,7 @@ class MarkBoundaries:
         for nodes in _blocks(gm.graph):
             assert layout.latent is not None  # else _find_inputs has raised
             _follow_streams(nodes)
-            layout.sublayers += _find_sublayers(nodes, layout.latent)
+            layout.sublayers += find_sublayers(nodes, layout.latent)
         gm.meta["layout"] = layout
         with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
             gm.graph.placeholder("frame")
@@ -73,7 +71,7 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
     floating = [n for n in layout.inputs.values() if value_of(n).is_floating_point()]
     outputs = [value_of(n) for n in graph.output_node().all_input_nodes]
     like_output = [n for n in floating if any(_like(value_of(n), o) for o in outputs)]
-    layout.latent = next((n for n in (*like_output, *floating) if _ndim(n) >= 3), None)
+    layout.latent = next((n for n in (*like_output, *floating) if ndim(n) >= 3), None)
     if layout.latent is None:
         layout.latent = next(iter(like_output), None)
     for name, node in layout.inputs.items():
@@ -139,7 +137,7 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
                 deep.add(prefix)
             if layout.latent in roots[node]:
                 live.add(prefix)
-            if getattr(node.target, "__name__", "") in _ATTENTION:
+            if attention_key(node) is not None:
                 attends.add(prefix)
     stacks = set()
     for prefix, entries in members.items():
@@ -204,12 +202,12 @@ def _find_streams(
         and layout.latent not in roots[n]
     ]
     layout.timestep_embedding = min(candidates, key=lambda n: len(roots[n]), default=None)
-    streams = [n for n in entering if layout.latent in roots[n] and _ndim(n) == 3]
+    streams = [n for n in entering if layout.latent in roots[n] and ndim(n) == 3]
     tokens = {str(value_of(n).shape[1]) for n in streams}  # text: sizes may be symbols
     for node in graph.nodes:
         if node is placed[0]:
             break
-        if node.op == "placeholder" or _ndim(node) != 5 or layout.latent not in roots[node]:
+        if node.op == "placeholder" or ndim(node) != 5 or layout.latent not in roots[node]:
             continue
         _, _, frames, height, width = value_of(node).shape
         if str(frames * height * width) in tokens:
@@ -225,198 +223,11 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
     return list(blocks.values())
 
 
-def _find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
-    inside = set(nodes)
-    outputs = [n for n in nodes if _ndim(n) == 3 and any(u not in inside for u in n.users)]
-    spines = {output: _spine(_whole(output, inside), inside) for output in outputs}
-    sums = {node for spine in spines.values() for node in spine.sums}
-    found: list[Sublayer] = []
-    claimed: set[fx.Node] = set()
-    for output, spine in spines.items():
-        if spine.stream is None:
-            continue
-        cut = output if _whole(output, inside) is not output else None
-        for residual in reversed(spine.residuals):
-            cone, behind = _cone(residual, nodes), _behind(residual, nodes, sums)
-            joint = cut is not None or (_attention_in(behind) and not _attention_in(cone))
-            if not joint and (not cone or claimed & set(cone)):
-                continue
-            work = behind if joint else cone
-            own = () if joint else cone  # case 5
-            claimed |= set(own)
-            place = place_of(residual)
-            assert place is not None
-            kind = _kind(work, spine.stream, inside, latent)
-            found.append(Sublayer(_sublayer_name(work), kind, place.block, residual, own, cut))
-    return found
-
-
 def _follow_streams(nodes: Sequence[fx.Node]) -> None:
     inside = set(nodes)
     for output in nodes:
-        if _ndim(output) < 2 or all(u in inside for u in output.users):
+        if ndim(output) < 2 or all(u in inside for u in output.users):
             continue
-        entered = _spine(output, inside).stream
+        entered = spine(output, inside).stream
         if entered is not None and entered not in inside:
             output.meta["stream"] = entered.meta.setdefault("stream", entered.name)
-
-
-def _whole(output: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    """What a stream is a slice of, if it is one: text and image may run as one."""
-    source = output.args[0] if output.args else None
-    is_slice = (
-        output.target is operator.getitem
-        and isinstance(source, fx.Node)
-        and source in inside
-        and _ndim(source) == 3
-    )
-    return source if is_slice else output  # type: ignore[return-value]
-
-
-def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """Nodes of the block that the residual is made by, from the streams on."""
-    behind = {residual}
-    for node in reversed(nodes):
-        if node not in sums and any(user in behind for user in node.users):
-            behind.add(node)
-    return tuple(n for n in nodes if n in behind)
-
-
-def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    while node in inside and node.op == "call_method" and node.target in _CASTS:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether several streams enter the block here, as one."""
-    name = getattr(node.target, "__name__", node.target)
-    return name in ("cat", "concat") and not inside & set(node.all_input_nodes)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spine:
-    residuals: Sequence[fx.Node]
-    """From the last to the first."""
-    stream: fx.Node | None
-    """Where it enters; None if it cannot be told."""
-    sums: Sequence[fx.Node]
-
-
-def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
-    """The way of a stream through a block, back from its output."""
-    like = value_of(output)
-
-    def terms(node: fx.Node) -> list[fx.Node]:
-        name = getattr(node.target, "__name__", node.target)
-        if name != "add" or len(node.all_input_nodes) != 2:
-            return []
-        return [n for n in node.all_input_nodes if _ndim(n) == 3 and same_shape(value_of(n), like)]
-
-    def reaches(node: fx.Node) -> bool:
-        node = _strip(node, inside)
-        if node not in inside or _joins(node, inside):
-            return not node.meta.get("weight")
-        return any(reaches(t) for t in terms(node))
-
-    residuals: list[fx.Node] = []
-    sums: list[fx.Node] = []
-    node = _strip(output, inside)
-    while node in inside and not _joins(node, inside):
-        pair = terms(node)
-        through = [t for t in pair if reaches(t)]
-        if len(pair) == 2 and not inside & set(pair):  # two that enter as one (positions)
-            break
-        if len(pair) != 2 or len(through) != 1:
-            return _Spine(residuals, None, sums)
-        residual = pair[0] if through[0] is pair[1] else pair[1]
-        if residual not in inside:
-            return _Spine(residuals, None, sums)
-        residuals.append(residual)
-        sums.append(node)
-        node = _strip(through[0], inside)
-    return _Spine(residuals, node, sums)
-
-
-def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    """Nodes that serve the residual alone."""
-    cone = {residual}
-    if len(residual.users) != 1:
-        return ()
-    for node in reversed(nodes):
-        if node in cone:
-            continue
-        written = mutated(node)
-        if written is not None and not node.users:
-            if all(u in cone or mutated(u) is written for u in written.users):
-                cone.add(node)
-        elif node.users and all(u in cone for u in node.users):
-            cone.add(node)
-    # Items are taken where their tuple is made: a tuple is no operand of a region.
-    return tuple(n for n in nodes if n in cone and not (_takes_item(n) and n.args[0] not in cone))
-
-
-def _takes_item(node: fx.Node) -> bool:
-    source = node.args[0] if node.args else None
-    return (
-        node.target is operator.getitem
-        and isinstance(source, fx.Node)
-        and isinstance(source.meta.get("example_value"), (tuple, list))
-    )
-
-
-def _attention_in(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if getattr(n.target, "__name__", "") in _ATTENTION]
-
-
-def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node], latent: fx.Node) -> Kind:
-    attention = _attention_in(cone)
-    if not attention:
-        return Kind.MLP
-    call = attention[-1]
-    key = call.kwargs["key"] if "key" in call.kwargs else call.args[min(1, len(call.args) - 1)]
-    seen: set[fx.Node] = set()
-    pending = [key] if isinstance(key, fx.Node) else []
-    while pending:
-        node = pending.pop()
-        if node is stream:
-            return _self_kind(call, value_of(latent))
-        if node in inside and node not in seen:
-            seen.add(node)
-            pending += node.all_input_nodes
-    return Kind.CROSS_ATTENTION
-
-
-def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
-    """Over all tokens, over those of a frame, or over the frames at one place.
-
-    Told by the sizes that attention is called with: (batch, heads, tokens, channels). Where frames
-    or places are folded into the batch, it is larger than the latent's.
-    """
-    key = call.all_input_nodes[min(1, len(call.all_input_nodes) - 1)]
-    if _ndim(key) < 3 or latent.ndim != 5 or str(value_of(key).shape[0]) == str(latent.shape[0]):
-        return Kind.SELF_ATTENTION
-    frames = {str(latent.shape[1]), str(latent.shape[2])}  # channels first or frames first
-    channels = str(latent.shape[1])
-    tokens = str(value_of(key).shape[-2])
-    if tokens in frames and (tokens != channels or str(latent.shape[2]) == channels):
-        return Kind.TEMPORAL_ATTENTION
-    return Kind.SPATIAL_ATTENTION
-
-
-def _sublayer_name(cone: Sequence[fx.Node]) -> str:
-    """The child of the block that does most of the work."""
-    children: collections.Counter[str] = collections.Counter()
-    for node in cone:
-        place = place_of(node)
-        for path, _ in module_paths(node):
-            match = re.match(rf"^{re.escape(place.stack)}\.\d+\.([^.]+)", path) if place else None
-            if match:
-                children[match[1]] += 1
-                break
-    return children.most_common(1)[0][0] if children else "branch"
-
-
-def _ndim(node: fx.Node) -> int:
-    value = value_of(node)
-    return value.ndim if isinstance(value, torch.Tensor) else -1

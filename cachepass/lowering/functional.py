@@ -24,7 +24,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
-from cachepass.ir.graph import walk
+from cachepass.ir.graph import mutated, walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
 from cachepass.runtime.policy import Policy
@@ -196,7 +196,7 @@ class _Writer:
         returned = [*results, *(self.taken[s] for s in sites), *(root.state[n] for n in changed)]
         root.graph.output(tuple(root.here(value) for value in returned))
         whole = root.module()
-        whole.graph.eliminate_dead_code()
+        whole.graph.eliminate_dead_code(lambda n: n.is_impure() or mutated(n) is not None)
         whole.recompile()
         return Functional(
             whole, tuple(self.entries.values()), len(results), tuple(sites), tuple(changed)

@@ -1,0 +1,254 @@
+"""Sublayers of a block: the branches that are added to its streams, and of what kind they are."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import operator
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from cachepass.ir.boundary import Kind, Sublayer, place_of
+from cachepass.ir.graph import module_paths, mutated, same_shape, value_of
+
+_CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
+_ATTENTION = frozenset(
+    {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
+)
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "__matmul__"})
+_BETWEEN = _CASTS | {"mul", "div", "truediv", "add", "sub", "masked_fill", "dropout", "clamp"}
+"""What scores go through on their way to the softmax, and weights after it."""
+
+
+def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
+    inside = set(nodes)
+    outputs = [n for n in nodes if ndim(n) == 3 and any(u not in inside for u in n.users)]
+    spines = {output: spine(_whole(output, inside), inside) for output in outputs}
+    sums = {node for spine in spines.values() for node in spine.sums}
+    found: list[Sublayer] = []
+    claimed: set[fx.Node] = set()
+    for output, spine in spines.items():
+        if spine.stream is None:
+            continue
+        cut = output if _whole(output, inside) is not output else None
+        for residual in reversed(spine.residuals):
+            cone, behind = _cone(residual, nodes), _behind(residual, nodes, sums)
+            joint = cut is not None or (_attention_in(behind) and not _attention_in(cone))
+            if not joint and (not cone or claimed & set(cone)):
+                continue
+            work = behind if joint else cone
+            own = () if joint else cone  # case 5
+            claimed |= set(own)
+            place = place_of(residual)
+            assert place is not None
+            kind = _kind(work, spine.stream, inside, latent)
+            found.append(Sublayer(_sublayer_name(work), kind, place.block, residual, own, cut))
+    return found
+
+
+def _whole(output: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """What a stream is a slice of, if it is one: text and image may run as one."""
+    source = output.args[0] if output.args else None
+    is_slice = (
+        output.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and source in inside
+        and ndim(source) == 3
+    )
+    return source if is_slice else output  # type: ignore[return-value]
+
+
+def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """Nodes of the block that the residual is made by, from the streams on."""
+    behind = {residual}
+    for node in reversed(nodes):
+        if node not in sums and any(user in behind for user in node.users):
+            behind.add(node)
+    return tuple(n for n in nodes if n in behind)
+
+
+def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    while node in inside and node.op == "call_method" and node.target in _CASTS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether several streams enter the block here, as one."""
+    name = getattr(node.target, "__name__", node.target)
+    return name in ("cat", "concat") and not inside & set(node.all_input_nodes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spine:
+    residuals: Sequence[fx.Node]
+    """From the last to the first."""
+    stream: fx.Node | None
+    """Where it enters; None if it cannot be told."""
+    sums: Sequence[fx.Node]
+
+
+def spine(output: fx.Node, inside: set[fx.Node]) -> Spine:
+    """The way of a stream through a block, back from its output."""
+    like = value_of(output)
+
+    def terms(node: fx.Node) -> list[fx.Node]:
+        name = getattr(node.target, "__name__", node.target)
+        if name != "add" or len(node.all_input_nodes) != 2:
+            return []
+        return [n for n in node.all_input_nodes if ndim(n) == 3 and same_shape(value_of(n), like)]
+
+    def reaches(node: fx.Node) -> bool:
+        node = _strip(node, inside)
+        if node not in inside or _joins(node, inside):
+            return not node.meta.get("weight")
+        return any(reaches(t) for t in terms(node))
+
+    residuals: list[fx.Node] = []
+    sums: list[fx.Node] = []
+    node = _strip(output, inside)
+    while node in inside and not _joins(node, inside):
+        pair = terms(node)
+        through = [t for t in pair if reaches(t)]
+        if len(pair) == 2 and not inside & set(pair):  # two that enter as one (positions)
+            break
+        if len(pair) != 2 or len(through) != 1:
+            # A sum was found: what it starts from is made in the block (of a long skip, say).
+            return Spine(residuals, node if residuals else None, sums)
+        residual = pair[0] if through[0] is pair[1] else pair[1]
+        if residual not in inside:
+            return Spine(residuals, None, sums)
+        residuals.append(residual)
+        sums.append(node)
+        node = _strip(through[0], inside)
+    return Spine(residuals, node, sums)
+
+
+def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Nodes that serve the residual alone."""
+    cone = {residual}
+    if len(residual.users) != 1:
+        return ()
+    for node in reversed(nodes):
+        if node in cone:
+            continue
+        written = mutated(node)
+        if written is not None and not node.users:
+            if all(u in cone or mutated(u) is written for u in written.users):
+                cone.add(node)
+        elif node.users and all(u in cone for u in node.users):
+            cone.add(node)
+    # Items are taken where their tuple is made: a tuple is no operand of a region.
+    return tuple(n for n in nodes if n in cone and not (_takes_item(n) and n.args[0] not in cone))
+
+
+def _takes_item(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return (
+        node.target is operator.getitem
+        and isinstance(source, fx.Node)
+        and isinstance(source.meta.get("example_value"), (tuple, list))
+    )
+
+
+def attention_key(node: fx.Node) -> fx.Node | None:
+    """The key of an attention; None if a node is none.
+
+    A softmax is one if it stands between two products: of queries and keys, and with the values.
+    """
+    name = _called(node)
+    if name in _ATTENTION:
+        key = node.kwargs["key"] if "key" in node.kwargs else node.args[1]
+        return key if isinstance(key, fx.Node) else None
+    if name != "softmax" or not any(_called(u) in _PRODUCTS for u in _onward(node)):
+        return None
+    scores = node.args[0]
+    while isinstance(scores, fx.Node) and _called(scores) in _BETWEEN:
+        scores = scores.args[0]
+    if not isinstance(scores, fx.Node) or _called(scores) not in _PRODUCTS:
+        return None
+    operands = [a for a in scores.args if isinstance(a, fx.Node)]
+    return operands[-1] if len(operands) > 1 else None
+
+
+def _onward(node: fx.Node) -> list[fx.Node]:
+    """Who uses a value, casts and dropout aside."""
+    found = []
+    for user in node.users:
+        found += _onward(user) if _called(user) in _BETWEEN else [user]
+    return found
+
+
+def _called(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _attention_in(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [n for n in nodes if attention_key(n) is not None]
+
+
+def _kind(cone: Sequence[fx.Node], stream: fx.Node, inside: set[fx.Node], latent: fx.Node) -> Kind:
+    attention = _attention_in(cone)
+    for call in attention:
+        seen: set[fx.Node] = set()
+        pending = [attention_key(call)]
+        while pending:
+            node = pending.pop()
+            if node is stream:
+                return _self_kind(call, value_of(latent))
+            if node in inside and node not in seen:
+                assert node is not None
+                seen.add(node)
+                pending += node.all_input_nodes
+    return Kind.CROSS_ATTENTION if attention else Kind.MLP
+
+
+def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
+    """Over all tokens, over those of a frame, or over the frames at one place.
+
+    Told by the sizes that attention is called with, (batch, heads, tokens, channels) or of scores
+    (batch, heads, tokens, tokens). Where frames or places are folded into the batch, it is larger
+    than the latent's.
+    """
+    of = call if _called(call) == "softmax" else attention_key(call)
+    assert of is not None
+    value = value_of(of)
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or latent.ndim != 5:
+        return Kind.SELF_ATTENTION
+    rows, tokens = _hint(value.shape[0]), _hint(value.shape[-1 if of is call else -2])
+    folded = rows // _hint(latent.shape[0])
+    if folded <= 1:
+        return Kind.SELF_ATTENTION
+    channels, other = _hint(latent.shape[1]), _hint(latent.shape[2])
+    frames = {channels, other}  # channels first or frames first
+    if (tokens in frames) != (folded in frames):
+        return Kind.TEMPORAL_ATTENTION if tokens in frames else Kind.SPATIAL_ATTENTION
+    temporal = tokens in frames and (tokens != channels or other == channels)
+    return Kind.TEMPORAL_ATTENTION if temporal else Kind.SPATIAL_ATTENTION
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size of the call that was captured."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def _sublayer_name(cone: Sequence[fx.Node]) -> str:
+    """The child of the block that does most of the work."""
+    children: collections.Counter[str] = collections.Counter()
+    for node in cone:
+        place = place_of(node)
+        for path, _ in module_paths(node):
+            match = re.match(rf"^{re.escape(place.stack)}\.\d+\.([^.]+)", path) if place else None
+            if match:
+                children[match[1]] += 1
+                break
+    return children.most_common(1)[0][0] if children else "branch"
+
+
+def ndim(node: fx.Node) -> int:
+    """Dimensions of a node's value; -1 if it is no tensor."""
+    value = value_of(node)
+    return value.ndim if isinstance(value, torch.Tensor) else -1

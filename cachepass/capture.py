@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -130,13 +129,10 @@ def capture_call(
                 model(**inputs)
                 compiled(**given)
     except _Captured:
-        if not open_sizes and sized_by_data(found[0][0]):
-            with contextlib.suppress(CaptureError):
-                return _recorded(model, inputs)
         return found[0]
     except FAILURES as error:
         try:
-            return _recorded(model, inputs)
+            return recorded_call(model, inputs)
         except (CaptureError, RuntimeError):  # of tensors without values (meta), too
             raise explain_failure(error, type(model).__name__) from error
     finally:
@@ -145,9 +141,10 @@ def capture_call(
     raise CaptureError(f"the call of {type(model).__name__} computes nothing")
 
 
-def _recorded(
+def recorded_call(
     model: nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """As `capture_call`, of a call that is made: all sizes are known (see `cachepass.record`)."""
     recording = record(model, (), inputs)
     gm = own_graph(recording.gm, tuple(inspect.signature(model.forward).parameters))
     return gm, tuple(recording.arguments(pytree.tree_leaves(((), dict(inputs)))))

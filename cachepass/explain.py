@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from cachepass import capture
-from cachepass.errors import PolicyError
+from cachepass.errors import CaptureError, PolicyError
 from cachepass.ir.boundary import Layout, Sublayers, layout_of, place_of
 from cachepass.ir.graph import module_paths, value_of
 from cachepass.moe.shadow import Shadow
@@ -71,6 +72,9 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any]) -> Explanation:
     shadow = Shadow(model)
     gm, _ = capture.capture_call(shadow.module, example_inputs, {})
     gm = run_passes(gm, (BatchExperts(), FoldSizes())).graph_module
+    if capture.sized_by_data(gm):
+        with contextlib.suppress(CaptureError):
+            gm, _ = capture.recorded_call(shadow.module, example_inputs)
     marked = run_passes(capture.own_graph(gm), (MarkBoundaries(),)).graph_module
     layout = layout_of(marked)
     sites, no_sites = {}, {}

@@ -13,7 +13,7 @@ from torch import fx
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Layout, Place, place_of
 from cachepass.ir.graph import CONTEXTS, module_paths, mutated, value_of
-from cachepass.ir.sublayers import attention_key, find_sublayers, ndim, spine
+from cachepass.ir.sublayers import attention_key, find_sublayers, ndim, spine_of
 from cachepass.pass_manager import PassResult
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
@@ -228,6 +228,6 @@ def _follow_streams(nodes: Sequence[fx.Node]) -> None:
     for output in nodes:
         if ndim(output) < 2 or all(u in inside for u in output.users):
             continue
-        entered = spine(output, inside).stream
+        entered = spine_of(output, inside).stream
         if entered is not None and entered not in inside:
             output.meta["stream"] = entered.meta.setdefault("stream", entered.name)

@@ -24,9 +24,10 @@ _BETWEEN = _CASTS | {"mul", "div", "truediv", "add", "sub", "masked_fill", "drop
 
 
 def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
+    """The sublayers of a block with these nodes; see `passes.mark_boundaries` for the rules."""
     inside = set(nodes)
     outputs = [n for n in nodes if ndim(n) == 3 and any(u not in inside for u in n.users)]
-    spines = {output: spine(_whole(output, inside), inside) for output in outputs}
+    spines = {output: spine_of(_whole(output, inside), inside) for output in outputs}
     sums = {node for spine in spines.values() for node in spine.sums}
     found: list[Sublayer] = []
     claimed: set[fx.Node] = set()
@@ -84,6 +85,8 @@ def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Spine:
+    """The way of a stream through a block: what is added to it."""
+
     residuals: Sequence[fx.Node]
     """From the last to the first."""
     stream: fx.Node | None
@@ -91,7 +94,7 @@ class Spine:
     sums: Sequence[fx.Node]
 
 
-def spine(output: fx.Node, inside: set[fx.Node]) -> Spine:
+def spine_of(output: fx.Node, inside: set[fx.Node]) -> Spine:
     """The way of a stream through a block, back from its output."""
     like = value_of(output)
 

@@ -110,7 +110,7 @@ class NoLatent(nn.Module):
     ("model", "shape", "message"),
     [
         (NoBlocks(), (1, 2, 4), r"no stack of repeated blocks: .*found \{'net': "),
-        (NoLatent(), (2, 4), r"no latent among the model's arguments: .*'timestep', 'x'"),
+        (NoLatent(), (4,), r"no latent among the model's arguments: .*'timestep', 'x'"),
     ],
 )
 def test_models_that_offer_nothing(model: Any, shape: tuple[int, ...], message: str) -> None:

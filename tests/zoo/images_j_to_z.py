@@ -147,7 +147,7 @@ def _lumina_next_inputs() -> dict[str, Any]:
 def _nucleus_moe() -> nn.Module:
     model = diffusers.NucleusMoEImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=4, attention_head_dim=16, num_attention_heads=2,
-        num_key_value_heads=1, joint_attention_dim=24, axes_dims_rope=(4, 6, 6), mlp_ratio=1.0,
+        num_key_value_heads=1, joint_attention_dim=24, axes_dims_rope=(4, 6, 6), mlp_ratio=6.0,
         dense_moe_strategy="leave_first_block_dense", num_experts=4, moe_intermediate_dim=16,
         capacity_factors=2.0,
     )  # fmt: skip

@@ -164,7 +164,7 @@ class _Recorder(TorchFunctionMode):
         }
         self._paths = {id(m): path for path, m in model.named_modules()}
         self._thread = threading.get_ident()
-        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fakes = FakeTensorMode()
 
     # ----------------------------------------------------------------- inputs
 
@@ -270,7 +270,10 @@ class _Recorder(TorchFunctionMode):
     def _remember(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, Tensor):
             self.kept.append(value)
-            node.meta["example_value"] = self._fakes.from_tensor(value, static_shapes=True)
+            with self._fakes:
+                node.meta["example_value"] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
             # What is written in place is the node that it was.
             self.nodes.setdefault(id(value), node)
         elif isinstance(value, (tuple, list)):

@@ -284,7 +284,8 @@ def _measure_sublayer(
         inner_graph.call_function(ops.cache_write, (inner, slot.name, mapping[kept]))
         return ()
 
-    with graph.inserting_after(nodes[-1]):
+    # What was added behind the last node of the block is its end now.
+    with graph.inserting_after(nodes[-1] if found or leaving is not nodes[-1] else sums):
         guard = add_guard(graph, frame, ops.When.FULL, (sums, kept), arm, owner=gm)
     guard.meta["place"] = place
 

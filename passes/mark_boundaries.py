@@ -24,9 +24,10 @@ class MarkBoundaries:
     """Write the layout of a captured call: which node belongs to which block, and why.
 
     1. *Inputs*: placeholders that are no weights, in the order of the model's signature. The
-       latent is the first one of the shape of an output, one dimension (its channels) aside; else
-       the first with at least three dimensions. The timestep is the one that is called so, else
-       the first with at most one dimension, of floating ones if there are any.
+       latent is the first one of the shape of an output, else the first that differs from one in
+       a single dimension (its channels), else the first with at least three dimensions. The
+       timestep is the one that is called so, else the first with at most one dimension, of
+       floating ones if there are any.
     2. *Stacks*: entries of an indexed module list (``blocks.0``, ``blocks.1`` ...) that work
        on the latent and are repeated modules with modules of their own. The outermost such list on
        a node's module stack wins, so a list inside a block is part of the block. A list of
@@ -70,7 +71,8 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
         layout.inputs[str(node.meta.get("argument", node.name))] = node
     floating = [n for n in layout.inputs.values() if value_of(n).is_floating_point()]
     outputs = [value_of(n) for n in graph.output_node().all_input_nodes]
-    like_output = [n for n in floating if any(_like(value_of(n), o) for o in outputs)]
+    differing = {n: min((_differing(value_of(n), o) for o in outputs), default=9) for n in floating}
+    like_output = sorted((n for n in floating if differing[n] <= 1), key=differing.__getitem__)
     layout.latent = next((n for n in (*like_output, *floating) if ndim(n) >= 3), None)
     if layout.latent is None:
         layout.latent = next(iter(like_output), None)
@@ -90,12 +92,12 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
         )
 
 
-def _like(value: torch.Tensor, output: object) -> bool:
-    """Whether shapes agree in all but one dimension at most, which is not that of the rows."""
+def _differing(value: torch.Tensor, output: object) -> int:
+    """In how many dimensions an input differs from an output; many if in that of the rows."""
     if not isinstance(output, torch.Tensor) or not 2 <= value.ndim == output.ndim:
-        return False
+        return 9
     pairs = list(zip(map(str, value.shape), map(str, output.shape), strict=True))
-    return pairs[0][0] == pairs[0][1] and sum(a != b for a, b in pairs) <= 1
+    return sum(a != b for a, b in pairs) if pairs[0][0] == pairs[0][1] else 9
 
 
 def _roots(graph: fx.Graph, layout: Layout) -> dict[fx.Node, frozenset[fx.Node]]:

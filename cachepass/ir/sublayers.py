@@ -18,9 +18,7 @@ _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
 _ATTENTION = frozenset(
     {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
 )
-_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "__matmul__"})
-_BETWEEN = _CASTS | {"mul", "div", "truediv", "add", "sub", "masked_fill", "dropout", "clamp"}
-"""What scores go through on their way to the softmax, and weights after it."""
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__"})
 
 
 def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
@@ -160,29 +158,16 @@ def _takes_item(node: fx.Node) -> bool:
 def attention_key(node: fx.Node) -> fx.Node | None:
     """The key of an attention; None if a node is none.
 
-    A softmax is one if it stands between two products: of queries and keys, and with the values.
+    Attention that is written out, with or without a softmax, shows as a product of activations.
     """
     name = _called(node)
     if name in _ATTENTION:
         key = node.kwargs["key"] if "key" in node.kwargs else node.args[1]
         return key if isinstance(key, fx.Node) else None
-    if name != "softmax" or not any(_called(u) in _PRODUCTS for u in _onward(node)):
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if name not in _PRODUCTS or len(operands) < 2 or any(o.meta.get("weight") for o in operands):
         return None
-    scores = node.args[0]
-    while isinstance(scores, fx.Node) and _called(scores) in _BETWEEN:
-        scores = scores.args[0]
-    if not isinstance(scores, fx.Node) or _called(scores) not in _PRODUCTS:
-        return None
-    operands = [a for a in scores.args if isinstance(a, fx.Node)]
-    return operands[-1] if len(operands) > 1 else None
-
-
-def _onward(node: fx.Node) -> list[fx.Node]:
-    """Who uses a value, casts and dropout aside."""
-    found = []
-    for user in node.users:
-        found += _onward(user) if _called(user) in _BETWEEN else [user]
-    return found
+    return operands[-1] if min(ndim(o) for o in operands) >= 3 else None
 
 
 def _called(node: fx.Node) -> str:
@@ -216,7 +201,7 @@ def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
     (batch, heads, tokens, tokens). Where frames or places are folded into the batch, it is larger
     than the latent's.
     """
-    of = call if _called(call) == "softmax" else attention_key(call)
+    of = attention_key(call) if _called(call) in _ATTENTION else call
     assert of is not None
     value = value_of(of)
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or latent.ndim != 5:

@@ -237,8 +237,8 @@ class _Recorder(TorchFunctionMode):
             node = self.graph.call_function(getattr, (*arguments[:1], func.__self__.__name__))
         elif name in _OPERATORS:
             node = self.graph.call_function(_OPERATORS[name], tuple(arguments), keywords)
-        elif isinstance(getattr(Tensor, name, None), type(Tensor.add)) and (
-            getattr(Tensor, name) is func
+        elif hasattr(Tensor, name) and (
+            getattr(Tensor, name) is func or getattr(func, "__module__", "") == "torch._tensor"
         ):
             node = self.graph.call_method(name, tuple(arguments), keywords)
         else:
@@ -270,7 +270,7 @@ class _Recorder(TorchFunctionMode):
     def _remember(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, Tensor):
             self.kept.append(value)
-            with self._fakes:
+            with torch._C.DisableTorchFunction(), self._fakes:
                 node.meta["example_value"] = torch.empty_strided(
                     value.shape, value.stride(), dtype=value.dtype, device=value.device
                 )

@@ -73,9 +73,9 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
     outputs = [value_of(n) for n in graph.output_node().all_input_nodes]
     differing = {n: min((_differing(value_of(n), o) for o in outputs), default=9) for n in floating}
     like_output = sorted((n for n in floating if differing[n] <= 1), key=differing.__getitem__)
-    layout.latent = next((n for n in (*like_output, *floating) if ndim(n) >= 3), None)
-    if layout.latent is None:
-        layout.latent = next(iter(like_output), None)
+    large = [n for n in floating if ndim(n) >= 3]
+    layout.latent = next(iter([*like_output, *large]), None)
+    layout.listed = layout.latent is not None and "[" in str(layout.latent.meta.get("argument"))
     for name, node in layout.inputs.items():
         if layout.timestep is None and name in _TIMESTEP_NAMES:
             layout.timestep = node
@@ -176,16 +176,21 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
 
 
 def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
-    """What stands between the two ends of a context belongs where its first end does."""
-    entered: list[Place | None] = []
+    """The two ends of a context and what stands between them belong to one block."""
+    entered: list[list[fx.Node]] = []
     for node in nodes:
         name = getattr(node.target, "__name__", "")
-        if entered and entered[-1] is not None:
-            node.meta.setdefault("place", entered[-1])
         if name in CONTEXTS:
-            entered.append(place_of(node))
-        elif entered and name in CONTEXTS.values():
-            entered.pop()
+            entered.append([])
+        for inside in entered:
+            inside.append(node)
+        if entered and name in CONTEXTS.values():
+            inside = entered.pop()
+            # The ends themselves may belong to no module.
+            places = dict.fromkeys(p for n in inside if (p := place_of(n)) is not None)
+            if len(places) == 1:
+                for n in inside:
+                    n.meta.setdefault("place", *places)
 
 
 def _find_streams(

@@ -32,7 +32,7 @@ class MarkRows:
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         layout = layout_of(gm)
         assert layout.latent is not None
-        size: Any = value_of(layout.latent).shape[0]
+        size: Any = 1 if layout.listed else value_of(layout.latent).shape[0]
         layout.batch = size if isinstance(size, int) else int(size.node.hint)
         own = symbols_in(size)
         if not own:

@@ -304,6 +304,9 @@ class Layout:
     """The user's tensor arguments by name; every other placeholder is a weight or a number."""
 
     latent: fx.Node | None = None
+    listed: bool = False
+    """Whether the latent is an item of a list of samples: they are one row then."""
+
     timestep: fx.Node | None = None
     timestep_embedding: fx.Node | None = None
     """What the first block receives that depends on the timestep and not on the latent."""

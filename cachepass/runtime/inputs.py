@@ -46,7 +46,7 @@ class Inputs:
 
     def rows(self, args: Sequence[Any]) -> int:
         """Rows of a call."""
-        count: int = args[self.latent].shape[0]
+        count: int = 1 if self.layout.listed else args[self.latent].shape[0]
         return count
 
     def weights(self, args: Sequence[Any]) -> tuple[int, int]:

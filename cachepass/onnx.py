@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from cachepass.adapters.diffusers import follow
+from cachepass.adapters.scheduler import follow
 from cachepass.errors import CachePassError, SessionError
 from cachepass.export.names import REQUEST
 from cachepass.export.onnx_file import METADATA
@@ -93,15 +93,23 @@ class Denoiser(nn.Module):
         device: torch.device = self.get_buffer("anchor").device
         return device
 
-    def begin_request(self, num_steps: int) -> None:
+    def begin_request(self, num_steps: int, told: int | None = None) -> None:
         """Start a request: what was cached is forgotten."""
         self.num_steps, self.step = num_steps, 0
         self._kept.clear()
         self.reused = []
 
-    def end_step(self) -> None:
+    def expect(self, num_steps: int) -> None:
+        """The request has another number of steps than was thought."""
+        self.num_steps = num_steps
+
+    def end_step(self, left: int | None = None) -> None:
         """The calls that follow belong to the next step."""
         self.step += 1
+
+    def end_request(self) -> None:
+        """What was cached is forgotten."""
+        self._kept.clear()
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:

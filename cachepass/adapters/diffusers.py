@@ -1,35 +1,28 @@
-"""diffusers pipelines: which components are denoisers, and the scheduler as a clock.
+"""diffusers pipelines: which components are denoisers, and when their loops begin and end.
 
 Nothing here imports diffusers: a pipeline is anything with `components` and a scheduler.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sized
+from typing import Any, TypeVar
 
 from torch import nn
 
+from cachepass.adapters.scheduler import clock_of, follow, unfollow, wrap_method
 from cachepass.errors import CachePassError
 
 P = TypeVar("P")
 
-_TIME = ("timestep", "timesteps")
-_CLOCK = "_cachepass_clock"
-
-
-class Clocked(Protocol):
-    """What a scheduler is the clock of."""
-
-    def begin_request(self, num_steps: int) -> None: ...
-    def end_step(self) -> None: ...
+_TIME = ("timestep", "timesteps", "t")
+_HELPS = "conditioning_scale"
+_WRAPPED = ("progress_bar", "maybe_free_model_hooks")
 
 
 def denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """Components of a pipeline that are called with a timestep, by name."""
+    """Components of a pipeline that are called with a timestep to denoise, by name."""
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise CachePassError(
@@ -38,14 +31,19 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in components.items()
-        if isinstance(module, nn.Module) and _takes_time(module)
+        if isinstance(module, nn.Module) and _denoises(module)
     }
 
 
-def _takes_time(module: nn.Module) -> bool:
+def _denoises(module: nn.Module) -> bool:
+    """Whether a module takes a timestep, and is no helper of one that does.
+
+    A ControlNet takes a timestep, too. What it returns is added inside of the denoiser, at a
+    scale that it is given. Several stand in a list, which takes what each takes.
+    """
     inner = getattr(module, "_orig_mod", module)
     parameters = inspect.signature(inner.forward).parameters
-    return any(name in parameters for name in _TIME)
+    return any(name in parameters for name in _TIME) and _HELPS not in parameters
 
 
 def _is_cached(module: nn.Module) -> bool:
@@ -71,7 +69,42 @@ def attach(pipe: P, wrap: Callable[[str, nn.Module], Any]) -> P:
         setattr(pipe, name, cached)
         for clocked in cached.clocked:
             follow(pipe.scheduler, clocked)  # type: ignore[attr-defined]
+    _watch(pipe)
     return pipe
+
+
+def _watch(pipe: Any) -> None:
+    """Notice where the loop of a pipeline begins and where the pipeline is done."""
+    kind = type(pipe)
+
+    def progress_bar(self: Any, iterable: Any = None, total: Any = None, **options: Any) -> Any:
+        clock = clock_of(self.scheduler)
+        if clock is not None:
+            clock.begin_loop(_length(self, iterable, total))
+        return kind.progress_bar(self, iterable, total, **options)
+
+    def maybe_free_model_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        clock = clock_of(self.scheduler)
+        if clock is not None:
+            clock.end()
+        return kind.maybe_free_model_hooks(self, *args, **kwargs)
+
+    wrap_method(pipe, progress_bar)
+    wrap_method(pipe, maybe_free_model_hooks)
+
+
+def _length(pipe: Any, iterable: object, total: object) -> int | None:
+    """What a pipeline says of its loop's length as the loop begins."""
+    if isinstance(iterable, Sized):
+        return len(iterable)
+    # Set by most pipelines just before, and public as `num_timesteps`.
+    timesteps = getattr(pipe, "_num_timesteps", None)
+    if isinstance(timesteps, int):
+        return timesteps
+    # The bar counts a solver's two evaluations as one step; schedulers count them as two.
+    if isinstance(total, int) and getattr(pipe.scheduler, "order", 1) == 1:
+        return total
+    return None
 
 
 def detach(pipe: P) -> P:
@@ -79,40 +112,7 @@ def detach(pipe: P) -> P:
     for name, module in denoisers(pipe).items():
         if _is_cached(module):
             setattr(pipe, name, module._orig_mod)
-    scheduler: Any = pipe.scheduler  # type: ignore[attr-defined]
-    for name in ("set_timesteps", "step", _CLOCK):
-        vars(scheduler).pop(name, None)
+    unfollow(pipe.scheduler)  # type: ignore[attr-defined]
+    for name in _WRAPPED:
+        vars(pipe).pop(name, None)
     return pipe
-
-
-class Followers(list[Clocked]):
-    """What a scheduler is the clock of; a copy of the scheduler has none."""
-
-    def __deepcopy__(self, _: object) -> Followers:
-        return Followers()
-
-
-def follow(scheduler: Any, clocked: Clocked) -> None:
-    """Let a scheduler start requests and end steps. Wraps the instance only."""
-    followers = vars(scheduler).setdefault(_CLOCK, Followers())
-    if not any(other is clocked for other in followers):
-        followers.append(clocked)
-    kind = type(scheduler)
-
-    # Bound methods, not closures over the scheduler: some pipelines work on a deep copy of it.
-    @functools.wraps(kind.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.set_timesteps(self, *args, **kwargs)
-        for follower in getattr(self, _CLOCK):
-            follower.begin_request(len(self.timesteps))
-        return result
-
-    @functools.wraps(kind.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = kind.step(self, *args, **kwargs)
-        for follower in getattr(self, _CLOCK):
-            follower.end_step()
-        return result
-
-    for method in (set_timesteps, step):
-        vars(scheduler)[method.__name__] = types.MethodType(method, scheduler)

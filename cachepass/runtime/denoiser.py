@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from cachepass.errors import PolicyError, SessionError
@@ -78,6 +79,10 @@ class Denoiser:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._request: Session | None = None
         self._request_step: int | None = None
+        self._told: int | None = None
+        self._left: int | None = None
+        self._silent = False
+        """Whether the scheduler that is followed makes no steps: copies of it do."""
         self._time: tuple[int, Tensor] | None = None
         """Step of the scheduler and timestep of its first call."""
 
@@ -98,19 +103,40 @@ class Denoiser:
         """The session of the latest call that no entered session claimed."""
         return self._request
 
-    def begin_request(self, num_steps: int) -> None:
+    def begin_request(self, num_steps: int, told: int | None = None) -> None:
         """A scheduler was set to this many steps: what follows is a new request."""
         if self._request is not None:
             self._request.drop()
+            if not self._request.history.records:  # set again before anything was called
+                unused = self._request.history
+                self.requests = [r for r in self.requests if r is not unused]
         self._request, self._request_step = self.new_session(num_steps), 0
+        self._told, self._left, self._silent = told, None, False
 
-    def end_step(self) -> None:
+    def expect(self, num_steps: int) -> None:
+        """The request has another number of steps than was thought."""
+        if self._request is not None and self._request_step is not None:
+            self._request.set_num_steps(num_steps)
+
+    def end_step(self, left: int | None = None) -> None:
         """The scheduler made a step; after the last one the slots are freed."""
-        if self._request is None or self._request_step is None:
+        if self._request is None or self._request_step is None or self._silent:
             return
-        self._request_step += 1
+        self._request_step, self._left = self._request_step + 1, left
         if self._request_step == self._request.num_steps:
             self._request.drop()
+
+    def end_request(self) -> None:
+        """The pipeline is done: slots are freed, also of a loop that was left early."""
+        request, made = self._request, self._request_step
+        if request is None or made is None or not request.history.records:
+            return
+        if self._silent:
+            made += 1
+        if request.num_steps is not None and 0 < made < request.num_steps:
+            request.note(f"the loop ended after {made} of {request.num_steps} steps")
+            request.set_num_steps(made)
+        request.drop()
 
     def warn_if_useless(self, request: History) -> None:
         """Say once that a whole request reused nothing."""
@@ -156,9 +182,14 @@ class Denoiser:
         if session is None:
             session = self._request = self.new_session(self.num_steps)
         if step is not None and branch is None:  # a scheduler tells steps
-            branch = session.branch_by_order(step)
-        if entered is None and step is not None and time is not None and step == self._request_step:
-            self._check_clock(session, step, time)
+            branch = session.branch_by_order(step, Conditioning(conditioning))
+        if entered is None and step is not None and step == self._request_step:
+            if branch in session.branches_in_step and self._is_silent(session, step, time):
+                step = self._request_step = step + 1
+            elif time is not None:
+                self._check_clock(session, step, time)
+            if session.num_steps is not None and step >= session.num_steps:
+                session.set_num_steps(step + max(self._left or 1, 1))
         if step is None or branch is None:
             moment = float(time.flatten()[0]) if time is not None else 0.0
             told, guess, restarted = session.clock.tick(moment, Conditioning(conditioning))
@@ -171,6 +202,21 @@ class Denoiser:
             step = told if step is None else step
             branch = branch or guess
         return session, step, branch
+
+    def _is_silent(self, session: Session, step: int, time: Tensor | None) -> bool:
+        """Whether a branch that comes again is a further step, told by nothing but that.
+
+        So where a pipeline gives each frame a copy of the scheduler: it sets the timesteps of the
+        one that is followed, and never steps it.
+        """
+        if step != session.step:
+            return False
+        if not self._silent and step == 0 and time is not None and self._time is not None:
+            then, now = self._time[1], time
+            self._silent = then.shape != now.shape or not torch.equal(then, now)
+            if self._silent and self._told is not None:
+                session.set_num_steps(self._told)
+        return self._silent
 
     def _check_clock(self, session: Session, step: int, time: Tensor) -> None:
         """Raise if the timestep moves and the scheduler that is followed does not."""

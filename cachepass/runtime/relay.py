@@ -28,17 +28,26 @@ class Switch:
         self.begin_request(0)
         self.switched_at.clear()
 
-    def begin_request(self, num_steps: int) -> None:
+    def begin_request(self, num_steps: int, told: int | None = None) -> None:
         """What follows is a new request."""
+        if self.switched_at and self._seen == -1:  # nothing was called since the last
+            self.switched_at.pop()
         self._num_steps, self._step = num_steps, 0
         self._before: Tensor | None = None
         self._distance = math.nan
         self._seen = -1
         self.switched_at.append(None)
 
-    def end_step(self) -> None:
+    def expect(self, num_steps: int) -> None:
+        """The request has another number of steps than was thought."""
+        self._num_steps = num_steps
+
+    def end_step(self, left: int | None = None) -> None:
         """The scheduler made a step."""
         self._step += 1
+
+    def end_request(self) -> None:
+        """The pipeline is done; nothing is kept but numbers."""
 
     @property
     def current(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cachepass.errors import SessionError
 from cachepass.ir.boundary import Cfg, Layout, Site, Slot
-from cachepass.runtime.clock import Clock
+from cachepass.runtime.clock import Clock, Conditioning
 from cachepass.runtime.policy import UNMEASURED, Measure
 from cachepass.runtime.storage import Kept
 
@@ -105,6 +106,8 @@ class Session:
         self.step = -1
         self.branches_in_step: list[str] = []
         self.branches: list[str] = []
+        self.unnamed: dict[str, Conditioning] = {}
+        """Of each branch that goes by its place in a step, what it was last called with."""
         self._called: set[tuple[str, int]] = set()
         """(branch, sample) in this step."""
         self.upcoming = 0
@@ -207,9 +210,23 @@ class Session:
                     seen.append(branch)
         return before
 
-    def branch_by_order(self, step: int | None) -> str:
-        """What the branch of a step's next call is called where nobody names it."""
-        return f"call{len(self.branches_in_step) if step == self.step else 0}"
+    def branch_by_order(self, step: int | None, conditioning: Conditioning) -> str:
+        """What the branch of a step's next call is called where nobody names it.
+
+        Its place in the step; but the same conditioning as before is the same branch also at a
+        step that leaves another one out.
+        """
+        called = self.branches_in_step if step == self.step else []
+        same = (b for b, c in self.unnamed.items() if b not in called and c == conditioning)
+        by_order = (f"call{i}" for i in range(len(called), 2 * len(called) + 1))
+        free = (branch for branch in by_order if branch not in called)
+        branch = next(itertools.chain(same, free))
+        self.unnamed[branch] = conditioning
+        return branch
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Another number of steps than was thought."""
+        self.num_steps = self.history.num_steps = num_steps
 
     def _drop_since(self, why: str) -> None:
         self.note(f"{why}: caches dropped")
@@ -224,6 +241,7 @@ class Session:
         self.timesteps.clear()
         self.chosen.clear()
         self.called_as.clear()
+        self.unnamed.clear()
         self.skipped_uncond_at.clear()
         self.conditional = self.ahead = self.signature = None
         self.step, self.branches_in_step, self.branches, self._called = -1, [], [], set()

@@ -217,8 +217,9 @@ def _with_rows_open(
     """The arguments, marked so that a graph is captured with a symbol for the number of rows.
 
     The user's own tensors are left alone. A place in memory other than the first would become part
-    of what is captured, so such values are copied. One that comes again gets the same copy again:
-    by that branches are told apart where nobody names them.
+    of what is captured, so such values are copied; expanded ones as well, which a copy lays out
+    anew (a loop's first timestep is the first in its memory, the others are not). One that comes
+    again gets the same copy again: by that branches are told apart where nobody names them.
     """
 
     def mark(value: Any) -> Any:
@@ -228,7 +229,8 @@ def _with_rows_open(
         version = math.nan if value.is_inference() else value._version
         before, copy = marked.get(value, (None, value))
         if before != version:
-            copy = value.clone() if value.storage_offset() else value.detach()
+            moved = value.storage_offset() or 0 in value.stride()
+            copy = value.clone() if moved else value.detach()
             torch._dynamo.maybe_mark_dynamic(copy, 0)
             marked[value] = version, copy
         return copy

@@ -25,6 +25,7 @@ class Switch:
         self.switched_at: list[int | None] = []
         """Of each request, the first step of the small model."""
 
+        self._seen = -1
         self.begin_request(0)
         self.switched_at.clear()
 

@@ -210,18 +210,20 @@ class Session:
                     seen.append(branch)
         return before
 
-    def branch_by_order(self, step: int | None, conditioning: Conditioning) -> str:
+    def branch_by_order(self, step: int | None, conditioning: Conditioning | None = None) -> str:
         """What the branch of a step's next call is called where nobody names it.
 
         Its place in the step; but the same conditioning as before is the same branch also at a
         step that leaves another one out.
         """
         called = self.branches_in_step if step == self.step else []
-        same = (b for b, c in self.unnamed.items() if b not in called and c == conditioning)
+        known = self.unnamed.items() if conditioning is not None else ()
+        same = (branch for branch, c in known if branch not in called and c == conditioning)
         by_order = (f"call{i}" for i in range(len(called), 2 * len(called) + 1))
         free = (branch for branch in by_order if branch not in called)
         branch = next(itertools.chain(same, free))
-        self.unnamed[branch] = conditioning
+        if conditioning is not None:
+            self.unnamed[branch] = conditioning
         return branch
 
     def set_num_steps(self, num_steps: int) -> None:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachepass import capture
+from cachepass.adapters import hooks
 from cachepass.backend import Inner, backend_of
 from cachepass.errors import CachePassError, CaptureError
 from cachepass.lowering.graph import GraphCompiler
@@ -129,6 +130,9 @@ class CachedModule(OptimizedModule):
         return join(*(outputs[branch] for branch in order))
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return hooks.around(self._orig_mod, self._call_unhooked, args, kwargs)
+
+    def _call_unhooked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # dynamic=True makes symbols of a module's floats, too (the eps of a norm), which no
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
@@ -156,6 +160,7 @@ class CachedModule(OptimizedModule):
             if not self._recordings:
                 return super().__call__(*args, **kwargs)
         except capture.FAILURES:
+            hooks.refuse_layers(self._orig_mod)
             recording = None
             with contextlib.suppress(CaptureError):
                 recording = record(self.shadow.module, args, kwargs)

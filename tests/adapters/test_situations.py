@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_processor import FluxAttnProcessor2_0
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 
 import cachepass
@@ -28,6 +30,7 @@ from tests.adapters.pipes import (
     sd3,
     wan,
 )
+from tests.zoo.entry import stirred
 
 REUSE = cachepass.Schedule(reuse={2: "stack"})
 REUSES = [[], [], ["stack"], []]
@@ -236,9 +239,14 @@ def test_ascending_timesteps() -> None:
 def test_a_controlnet_is_no_denoiser() -> None:
     """It is called with a timestep, and what it returns is added inside of the denoiser."""
     plain, given = flux()
-    net = diffusers.FluxControlNetModel.from_transformer(
-        plain.transformer, num_layers=1, num_single_layers=0, load_weights_from_transformer=True
-    ).eval()
+    with warnings.catch_warnings():  # diffusers on a name that its own ControlNet imports
+        warnings.simplefilter("ignore", FutureWarning)
+        net = diffusers.FluxControlNetModel(
+            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20,
+            axes_dims_rope=[4, 4, 8],
+        )  # fmt: skip
+    stirred(net).eval()
     for part in (net, diffusers.FluxMultiControlNetModel([net])):
         pipe = diffusers.FluxControlNetPipeline(
             **{**plain.components, "vae": image_vae(1)}, controlnet=part
@@ -271,6 +279,23 @@ def test_whole_models_are_moved(when: str) -> None:
         hook.offload()
     assert [request["num_inference_steps"] for request in requests(pipe)] == [STEPS] * 2
     assert cachepass.report(pipe).to_dict()["compiles"]["graphs"] == 1
+
+
+def test_offload_of_layers_is_refused() -> None:
+    """Weights that come and go within a call: an error that says what to do instead."""
+    for how in ("sequential", "group"):
+        pipe, given = shapes()
+        model = pipe.transformer
+        if how == "sequential":
+            accelerate.cpu_offload(model, "cpu")
+        else:
+            apply_group_offloading(model, torch.device("cpu"), offload_type="leaf_level")
+        compiled(pipe)
+        with pytest.raises(
+            cachepass.CaptureError,
+            match=r"WanTransformer3DModel\.\S+ carries a hook .* pipe.enable_model_cpu_offload\(\)",
+        ):
+            generate(pipe, given)
 
 
 @contextlib.contextmanager
@@ -333,7 +358,7 @@ def test_another_attention_backend() -> None:
     assert [c[2] for c in calls(requests(pipe)[0])] == [r for r in REUSES for _ in range(2)]
 
 
-class Twice(FluxAttnProcessor2_0):
+class Twice(FluxAttnProcessor):
     """A processor of one's own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

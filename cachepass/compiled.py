@@ -205,7 +205,8 @@ class CachedModule(OptimizedModule):
     @contextlib.contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
         """What diffusers pipelines enter around each call: branch, step and number of steps."""
-        hint = Hint(name, fields.get("step_index"), fields.get("num_inference_steps"))
+        branch = name.removeprefix("pred_")  # what guiders call their predictions
+        hint = Hint(branch, fields.get("step_index"), fields.get("num_inference_steps"))
         token = HINT.set(hint)
         try:
             yield

@@ -12,8 +12,9 @@ comes from the report of the cached request. What stands in is what a site says 
 - the unconditional call: this step's conditional output plus the difference of the two.
 
 Streams are told by identity: where a block hands on the very tensor that the next block of its
-stack takes as an argument, output and argument are one stream. Where code between the blocks
-makes new tensors, an output goes on from the first argument of its shape.
+stack takes as an argument, output and argument are one stream, and where the first block of
+another stack takes a tensor that was there before the run, the stream enters there. Where code
+between the blocks makes new tensors, an output goes on from the first argument of its shape.
 
 ::
 
@@ -40,6 +41,9 @@ from cachepass.ir.boundary import Blocks, Cfg, Site, WholeCall
 
 Given = tuple[int, str, Mapping[str, Any]]
 """Step, branch and keyword arguments of a call."""
+
+Origin = tuple[int, str]
+"""A block, by its number, and one of its arguments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Replay:
             for site, start, stop in ranges:
                 if start <= index < stop:
                     kept = self.kept[site.name, branch][index]
-                    return pytree.tree_unflatten(self._stand_in(start, kept, visit), tree)
+                    return pytree.tree_unflatten(self._stand_in(kept, visit), tree)
             return None
 
         hooks = [
@@ -183,12 +187,13 @@ class Replay:
             for hook in hooks:
                 hook.remove()
 
-    def _stand_in(self, start: int, kept: Sequence[Any], visit: _Visit) -> list[Any]:
-        entering = self.visits[start].entering
+    def _stand_in(self, kept: Sequence[Any], visit: _Visit) -> list[Any]:
         return [
-            value if gain is None else gain if path is None else entering[path] + gain
-            for value, (path, gain) in zip(visit.leaving, kept, strict=True)
-        ]
+            value if gain is None
+            else gain if origin is None
+            else self.visits[origin[0]].entering[origin[1]] + gain
+            for value, (origin, gain) in zip(visit.leaving, kept, strict=True)
+        ]  # fmt: skip
 
     def _learn(self) -> None:
         """Streams by identity, and the number of blocks."""
@@ -196,37 +201,65 @@ class Replay:
         for visit, following in itertools.pairwise(self.visits):
             if visit.stack == following.stack:
                 for i, value in enumerate(visit.given):
-                    for path, argument in following.taken.items():
-                        if argument is value:
-                            self.streams[visit.stack].setdefault(i, path)
+                    if (path := _find(value, following.taken)) is not None:
+                        self.streams[visit.stack].setdefault(i, path)
 
-    def _gains(self, site: Blocks) -> dict[int, list[tuple[str | None, Any]]]:
-        """For each block of a run and each output: the argument it goes on from, its gain."""
+    def _gains(self, site: Blocks) -> dict[int, list[tuple[Origin | None, Any]]]:
+        """For each block of a run and each output: where its stream enters, what it gained."""
         start, stop = site.range(self.count)
-        first, found = self.visits[start], {}
+        found: dict[int, list[tuple[Origin | None, Any]]] = {}
         for index in range(start, stop):
-            visit, free = self.visits[index], dict(first.entering)
-            found[index] = [
-                self._gain(site, first, visit, i, free) for i in range(len(visit.leaving))
-            ]
+            found[index], used = [], set()
+            for i, value in enumerate(self.visits[index].leaving):
+                origin = None
+                if isinstance(value, Tensor) and site.keep == "residual":
+                    origin = self._origin(start, index, i)
+                if origin is None or origin in used:
+                    found[index].append((None, value if isinstance(value, Tensor) else None))
+                else:
+                    used.add(origin)
+                    base = self.visits[origin[0]].entering[origin[1]]
+                    found[index].append((origin, value - base))
         return found
 
-    def _gain(
-        self, site: Blocks, first: _Visit, visit: _Visit, i: int, free: dict[str, Tensor]
-    ) -> tuple[str | None, Any]:
-        value = visit.leaving[i]
-        if not isinstance(value, Tensor):
-            return None, None
-        known = self.streams[first.stack]
-        paths = list(known.values()) or list(free)
-        if visit.stack == first.stack and known:
-            paths = [known[i]] if i in known else []
-        for path in paths:
-            base = free.get(path) if site.keep == "residual" else None
-            if base is not None and (base.shape, base.dtype) == (value.shape, value.dtype):
-                del free[path]
-                return path, value - base
-        return None, value
+    def _origin(self, start: int, index: int, i: int) -> Origin | None:
+        """The block and argument where output `i` of a block enters the run, unchanged in shape."""
+        visit, value = self.visits[index], self.visits[index].leaving[i]
+        known = self.streams[visit.stack]
+        path = known.get(i) if known else _alike(value, visit.entering)
+        if path is None:
+            return None
+        # Its stack's first block in the run takes the stream from before the run, or from a block
+        # of another stack, or from what the code between the blocks made of one.
+        first = next(v for v in range(start, index + 1) if self.visits[v].stack == visit.stack)
+        argument = self.visits[first].taken[path]
+        if first > start and _find(argument, self.visits[start].taken) is None:
+            for before in range(start, first):
+                for j, given in enumerate(self.visits[before].given):
+                    if given is argument:
+                        return self._origin(start, before, j)
+            first = start
+            streams = self.streams[self.visits[start].stack].values()
+            entering = self.visits[start].entering
+            candidates = {p: entering[p] for p in streams} if streams else entering
+            path = _alike(value, candidates)
+        if path is None or not _fits(value, self.visits[first].entering[path]):
+            return None
+        return first, path
+
+
+def _find(value: Any, arguments: Mapping[str, Tensor]) -> str | None:
+    """The path of the argument that is this very object."""
+    return next((path for path, argument in arguments.items() if argument is value), None)
+
+
+def _alike(value: Tensor, arguments: Mapping[str, Tensor]) -> str | None:
+    """The path of the first argument of this shape and dtype."""
+    return next((path for path, argument in arguments.items() if _fits(value, argument)), None)
+
+
+def _fits(value: Tensor, other: Tensor) -> bool:
+    return value.shape == other.shape and value.dtype == other.dtype
 
 
 def _map(function: Any, *trees: Any) -> Any:

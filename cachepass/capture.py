@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -173,14 +174,71 @@ def _name_of(placeholder: fx.Node, parameters: Sequence[str]) -> str:
 
 
 def explain_failure(error: Exception, model: str) -> CaptureError:
-    """Dynamo's reason and the line of user code, as one CaptureError."""
+    """Dynamo's reason, the line of user code and what to do there, as one CaptureError."""
     text = str(error)
-    reason = text.split("\n\n")[0].strip()
-    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', text)
-    own = [f for f in frames if "/torch/" not in f[0]]
-    where = f"{own[-1][0]}:{own[-1][1]} in {own[-1][2]}" if own else "an unknown line"
+    said, _, code = text.partition("from user code:")
+    reason = re.sub(r"\s*\(unhinted.*", "", said.split("\n")[0].strip()).rstrip(".")
+    # Torch's advice on its own annotations: a model is rather changed than annotated.
+    reason = reason.removeprefix("Consider annotating your code using torch._check*(). ")
+    explanation = _after("Explanation", said)[:1]
+    about = " ".join([reason, *explanation])
+    advice = next((do for pattern, do in _ADVICE if re.search(pattern, about)), None)
+    if advice is None:
+        hints = [hint for hint in _after("Hint", said) if not _FOR_TORCH.search(hint)]
+        advice = " ".join([*hints, "Or move this code" if hints else "Move this code"])
+        advice += " out of the model's forward"
+    parts = ". ".join(part.rstrip(".") for part in (reason, *explanation, advice))
     return CaptureError(
-        f"the call of {model} cannot be captured as one graph. At {where}: {reason}. "
-        "cachepass rewrites whole graphs: move this code out of the model's forward, or make it "
-        "traceable (torch.compile(model, fullgraph=True) must work)"
+        f"the call of {model} cannot be captured as one graph. At {_line_of_user(code or text)}: "
+        f"{parts}. cachepass rewrites whole graphs: torch.compile(model, fullgraph=True) has to "
+        "work"
     )
+
+
+_ADVICE = (
+    (
+        "[Dd]ata-dependent",
+        (
+            "A graph cannot follow what a tensor holds: select with torch.where, or decide before the "
+            "call and hand the model a Python value"
+        ),
+    ),
+    (
+        "`print`|logging|_warnings",
+        (
+            "Leave it out while the call is captured (`if not torch.compiler.is_compiling():`), or "
+            "for good"
+        ),
+    ),
+    (
+        "Observed exception",
+        (
+            "The model itself raises this: call it without cachepass, with the same arguments, to "
+            "see the error"
+        ),
+    ),
+)
+"""What to do about the commonest reasons; of others, torch's hints are told."""
+
+_FOR_TORCH = re.compile("PyTorch|GitHub")
+"""Hints to report an issue."""
+
+
+def _after(word: str, text: str) -> list[str]:
+    return re.findall(rf"^\s*{word}: (.*\S)\s*$", text, flags=re.MULTILINE)
+
+
+def _line_of_user(text: str) -> str:
+    """The innermost line outside of torch; where another file called it, that line, too."""
+    library = str(pathlib.Path(torch.__file__).parent)
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.+))?', text)
+    own = [frame for frame in frames if not frame[0].startswith(library)]
+    if not own:
+        return "an unknown line"
+
+    def told(frame: tuple[str, ...]) -> str:
+        path, line, function, code = frame
+        return f"{path}:{line} in {function}" + (f" (`{code.strip()}`)" if code else "")
+
+    inner, of_model = own[-1], [frame for frame in own if frame[0] == own[0][0]][-1]
+    return told(inner) + (f", called from {told(of_model)}" if of_model is not inner else "")

@@ -21,6 +21,7 @@ from cachepass.ir.boundary import (
 )
 from cachepass.ir.graph import inputs_of, outputs_of
 from cachepass.ir.skippable import base_for, declare, kept_name, make_skippable
+from cachepass.ir.streams import stream_origins
 from cachepass.pass_manager import PassResult
 
 
@@ -28,9 +29,10 @@ from cachepass.pass_manager import PassResult
 class InsertBlockCache:
     """Put each `Blocks` site under a conditional, inner ranges first.
 
-    1. Where residuals are kept (the usual), what leaves is predicted from where its stream enters
-       (that of a skip connection, too). Where no stream can be followed, it is the first input of
-       its shape; an output without any is predicted from itself.
+    1. Where residuals are kept (the usual), a stream that enters and leaves in one shape is
+       predicted from where it enters; an output without such an input from itself. What leaves
+       as a sum over what enters is one stream with it (`ir.streams`); where nothing does,
+       the first input of its shape counts.
     2. The slots are written at full calls only; a `CacheChange` is measured just before.
     3. Ranges may lie inside each other, but may not overlap.
     """
@@ -75,32 +77,30 @@ def _wrap(
             "decides on: let it start after the block of the signal"
         )
     outputs = outputs_of(nodes)
-    bases = _bases(outputs, inputs_of(nodes)) if site.keep == "residual" else {}
+    bases = _bases(gm, nodes, outputs) if site.keep == "residual" else {}
     streams = []
     for i, output in enumerate(outputs):
-        base = bases.get(output)
         name, reference = kept_name(site, i, len(outputs)), measured is not None
-        streams.append(declare(layout, site, output, base, name, reference=reference))
+        streams.append(declare(layout, site, output, bases.get(output), name, reference=reference))
     make_skippable(gm, site, nodes, streams, measured=measured)
 
 
-def _bases(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Where the streams of a site enter it, as far as they do: case 1."""
-    inputs = [n for n in inputs if not n.meta.get("weight")]
-    found: dict[fx.Node, fx.Node] = {}
+def _bases(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Where each stream that leaves a run enters it, in the same shape."""
+    free = [n for n in inputs_of(nodes) if not n.meta.get("weight")]
+    origins = stream_origins(gm, nodes, free)
+    found = {o: base for o in outputs if (base := base_for(o, origins.get(o, ()))) is not None}
+    if found:  # an output that is no sum is no stream: a hint, a mask
+        return found
+    # Nothing is told by sums. Text is not in every block's output: each needs an input of its own.
     for output in outputs:
-        stream = output.meta.get("stream")
-        same = [n for n in inputs if stream is not None and n.meta.get("stream") == stream]
-        if (base := base_for(output, same)) is not None:
-            found[output] = base
-    followed = bool(found)  # then what cannot be followed is no stream (a hint, a mask)
-    # Text is not in every block's output: each residual needs an input of its own.
-    free = [] if followed else list(inputs)
-    for output in outputs:
-        if output not in found and (base := base_for(output, free)) is not None:
-            found[output] = base
+        base = base_for(output, free)
+        if base is not None:
             free.remove(base)
-        elif output not in found and free_unbacked_symbols(output.meta["example_value"]):
+            found[output] = base
+        elif free_unbacked_symbols(output.meta["example_value"]):
             raise PolicyError(
                 f"{output.name} leaves a run of blocks, and its size is known at run time only: it "
                 "cannot be told from which input it goes on"

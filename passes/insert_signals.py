@@ -28,9 +28,10 @@ from cachepass.ir.boundary import (
     layout_of,
     place_of,
 )
-from cachepass.ir.graph import add_guard, frame_of, same_shape, value_of
+from cachepass.ir.graph import add_guard, frame_of, inputs_of, outputs_of, same_shape, value_of
 from cachepass.ir.rows import kept_along
 from cachepass.ir.skippable import latent_of
+from cachepass.ir.streams import stream_origins
 from cachepass.pass_manager import PassResult
 
 _SELF = (Kind.SELF_ATTENTION, Kind.SPATIAL_ATTENTION, Kind.TEMPORAL_ATTENTION)
@@ -182,8 +183,8 @@ def _measure_blocks(
     first = _block_nodes(graph, layout, 0)
     nodes = first if signal.blocks == 1 else _block_nodes(graph, layout, signal.blocks - 1)
     layout.probed = max(layout.probed, signal.blocks)
-    entering, _ = _stream(first)
-    _, leaving = _stream(nodes)
+    entering, _ = _stream(gm, first)
+    _, leaving = _stream(gm, nodes)
     slots = [_declare(layout, signal, leaving, age=age) for age in range(2 if signal.trend else 1)]
     with graph.inserting_after(at):
         read = [graph.call_function(ops.cache_read, (frame, s.name, entering)) for s in slots]
@@ -226,7 +227,7 @@ def _measure_sublayer(
 ) -> None:
     index = signal.index(layout.blocks)
     graph, nodes = gm.graph, _block_nodes(gm.graph, layout, index)
-    entering, leaving = _stream(nodes)
+    entering, leaving = _stream(gm, nodes)
     kinds = _SELF if signal.kind is Kind.SELF_ATTENTION else (signal.kind,)
     found = [
         s for s in layout.sublayers
@@ -309,13 +310,13 @@ def _block_nodes(graph: fx.Graph, layout: Layout, index: int) -> list[fx.Node]:
     return nodes
 
 
-def _stream(nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
-    """The main stream of a block: an input and an output of equal shape, the largest."""
-    inside = set(nodes)
-    entering = [
-        u for n in nodes for u in n.all_input_nodes if u not in inside and not u.meta.get("weight")
-    ]
-    leaving = [n for n in nodes if any(u not in inside for u in n.users)]
+def _stream(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """The main stream of a block, where it enters and leaves: the largest.
+
+    An output that is a sum over an input of its shape, else just of the shape of one.
+    """
+    entering = [n for n in inputs_of(nodes) if not n.meta.get("weight")]
+    leaving = outputs_of(nodes)
     pairs = [
         (a, b)
         for b in leaving
@@ -327,4 +328,6 @@ def _stream(nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node]:
     ]
     if not pairs:
         raise PolicyError("a block has no stream: no output of the shape of one of its inputs")
-    return max(pairs, key=lambda pair: pair[1].meta["example_value"].numel())
+    origins = stream_origins(gm, nodes, entering)
+    told = [(a, b) for a, b in pairs if a is next(iter(origins.get(b, ())), None)]
+    return max(told or pairs, key=lambda pair: pair[1].meta["example_value"].numel())

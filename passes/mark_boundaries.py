@@ -13,7 +13,7 @@ from torch import fx
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Layout, Place, place_of
 from cachepass.ir.graph import CONTEXTS, module_paths, mutated, value_of
-from cachepass.ir.sublayers import attention_key, find_sublayers, ndim, spine_of
+from cachepass.ir.sublayers import attention_key, find_sublayers, ndim
 from cachepass.pass_manager import PassResult
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
@@ -36,18 +36,16 @@ class MarkBoundaries:
        gives the residual branches; a branch with attention is self- or cross-attention
        by where its keys come from, any other is an MLP. Self-attention is spatial or temporal where
        frames or places are folded into the batch.
-    4. What leaves a block is marked with the stream that it belongs to: where it entered the first
-       block, if additions lead back there.
-    5. An attention that several streams share, or that runs on several as one, is found for each of
+    4. An attention that several streams share, or that runs on several as one, is found for each of
        them, to be measured; none can be skipped alone.
-    6. The graph is left alone if it is marked already.
+    5. The graph is left alone if it is marked already.
     """
 
     name: str = "mark-boundaries"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         if isinstance(gm.meta.get("layout"), Layout):
-            return PassResult(gm, modified=False)  # case 6
+            return PassResult(gm, modified=False)  # case 5
         layout = Layout()
         _find_inputs(gm.graph, layout)
         roots = _roots(gm.graph, layout)
@@ -55,7 +53,6 @@ class MarkBoundaries:
         _find_streams(gm.graph, layout, roots)
         for nodes in _blocks(gm.graph):
             assert layout.latent is not None  # else _find_inputs has raised
-            _follow_streams(nodes)
             layout.sublayers += find_sublayers(nodes, layout.latent)
         gm.meta["layout"] = layout
         with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
@@ -228,13 +225,3 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
         if place is not None:
             blocks[place.block].append(node)
     return list(blocks.values())
-
-
-def _follow_streams(nodes: Sequence[fx.Node]) -> None:
-    inside = set(nodes)
-    for output in nodes:
-        if ndim(output) < 2 or all(u in inside for u in output.users):
-            continue
-        entered = spine_of(output, inside).stream
-        if entered is not None and entered not in inside:
-            output.meta["stream"] = entered.meta.setdefault("stream", entered.name)

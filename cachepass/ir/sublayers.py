@@ -25,7 +25,7 @@ def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
     """The sublayers of a block with these nodes; see `passes.mark_boundaries` for the rules."""
     inside = set(nodes)
     outputs = [n for n in nodes if ndim(n) == 3 and any(u not in inside for u in n.users)]
-    spines = {output: spine_of(_whole(output, inside), inside) for output in outputs}
+    spines = {output: _spine(_whole(output, inside), inside) for output in outputs}
     sums = {node for spine in spines.values() for node in spine.sums}
     found: list[Sublayer] = []
     claimed: set[fx.Node] = set()
@@ -39,7 +39,7 @@ def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
             if not joint and (not cone or claimed & set(cone)):
                 continue
             work = behind if joint else cone
-            own = () if joint else cone  # case 5
+            own = () if joint else cone  # case 4
             claimed |= set(own)
             place = place_of(residual)
             assert place is not None
@@ -82,7 +82,7 @@ def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spine:
+class _Spine:
     """The way of a stream through a block: what is added to it."""
 
     residuals: Sequence[fx.Node]
@@ -92,7 +92,7 @@ class Spine:
     sums: Sequence[fx.Node]
 
 
-def spine_of(output: fx.Node, inside: set[fx.Node]) -> Spine:
+def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
     """The way of a stream through a block, back from its output."""
     like = value_of(output)
 
@@ -118,14 +118,14 @@ def spine_of(output: fx.Node, inside: set[fx.Node]) -> Spine:
             break
         if len(pair) != 2 or len(through) != 1:
             # A sum was found: what it starts from is made in the block (of a long skip, say).
-            return Spine(residuals, node if residuals else None, sums)
+            return _Spine(residuals, node if residuals else None, sums)
         residual = pair[0] if through[0] is pair[1] else pair[1]
         if residual not in inside:
-            return Spine(residuals, None, sums)
+            return _Spine(residuals, None, sums)
         residuals.append(residual)
         sums.append(node)
         node = _strip(through[0], inside)
-    return Spine(residuals, node, sums)
+    return _Spine(residuals, node, sums)
 
 
 def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:

@@ -15,8 +15,9 @@ from examples.export.request import generate, listen
 from examples.shapes.pipeline import build_pipeline
 from tests.export.runners import Compiled, Runtime, agree, branches_of, wan_of
 from tests.export.test_program import FIRST_BLOCK, OPEN
-from tests.models import TOY, WAN, ToyBlock, distance
+from tests.models import TOY, WAN, distance
 from tests.requests import euler
+from tests.toys.dit import ToyBlock
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ from cachepass.moe.grouped import grouped_linear
 from cachepass.pass_manager import run_passes
 from cachepass.passes import BatchExperts, MarkBoundaries
 from tests.graphs import capture
-from tests.models import TOY, Tiny, ToyDiT, distance
+from tests.models import TOY, Tiny, distance
 from tests.moe.layers import Glu, plain
+from tests.toys.dit import ToyDiT
 
 EXPERTS, K, DIM = 5, 2, 16
 

@@ -41,7 +41,8 @@ from cachepass.passes import (
     default_pipeline,
 )
 from tests.graphs import Captured, Script, capture
-from tests.models import TOY, ToyDiT
+from tests.models import TOY
+from tests.toys.dit import ToyDiT
 
 ATTENTION = Sublayers(name="attention", kinds=(Kind.SELF_ATTENTION,))
 SITES: dict[str, Site] = {

@@ -34,8 +34,8 @@ class Block(nn.Module):
             for to in (self.to_q, self.to_k, self.to_v)
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        out = self.to_out(out.transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        out: Tensor = self.to_out(h.transpose(1, 2).flatten(2))
         return out
 
     def forward(

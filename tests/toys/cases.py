@@ -30,8 +30,8 @@ class Toy:
     """All inputs but the latent, which comes first, and the timestep, of the other's name."""
 
     stacks: dict[str, int]
-    attention: bool = True
-    """Whether the self-attention of the middle block can be told apart."""
+    sublayers: dict[str, int]
+    """Residual branches by kind, counted in the source; of joint attention one for each stream."""
 
     name: str = "x"
     """Of the latent."""
@@ -75,22 +75,30 @@ def _text(tokens: int = 5) -> dict[str, Any]:
 
 
 TOYS: dict[str, Toy] = {
-    "latte": Toy(Latte, (1, 3, 4, 8, 8), "t", _label, {"blocks": 4}, scale=1000.0),
+    "latte": Toy(
+        Latte, (1, 3, 4, 8, 8), "t", _label, {"blocks": 4},
+        {"spatial-attention": 2, "temporal-attention": 2, "mlp": 4}, scale=1000.0,
+    ),
     "stdit": Toy(
         STDiT, (1, 4, 3, 8, 8), "timestep",
         lambda: {**_text(6), "text_mask": torch.arange(6)[None] < torch.randint(2, 6, (1, 1))},
-        {"spatial_blocks": 2, "temporal_blocks": 2}, name="z", scale=1000.0,
+        {"spatial_blocks": 2, "temporal_blocks": 2},
+        {"spatial-attention": 2, "temporal-attention": 2, "cross-attention": 4, "mlp": 4},
+        name="z", scale=1000.0,
     ),
-    "uvit": Toy(UViT, (1, 3, 8, 8), "timesteps", _label, {"in_blocks": 4, "out_blocks": 4}),
+    "uvit": Toy(
+        UViT, (1, 3, 8, 8), "timesteps", _label, {"in_blocks": 4, "out_blocks": 4},
+        {"self-attention": 8, "mlp": 8},
+    ),
     "mmdit": Toy(
         MMDiT, (1, 12, 8), "timesteps",
         lambda: {"txt": torch.randn(1, 5, 12), "y": torch.randn(1, 10)},
-        {"double_blocks": 2, "single_blocks": 2}, name="img",
+        {"double_blocks": 2, "single_blocks": 2}, {"self-attention": 6, "mlp": 4}, name="img",
     ),
     "mmdit, as much text as image": Toy(
         MMDiT, (1, 12, 8), "timesteps",
         lambda: {"txt": torch.randn(1, 12, 12), "y": torch.randn(1, 10)},
-        {"double_blocks": 2, "single_blocks": 2}, name="img",
+        {"double_blocks": 2, "single_blocks": 2}, {"self-attention": 6, "mlp": 4}, name="img",
     ),
     "audio": Toy(
         AudioDiT, (1, 4, 16), "t",
@@ -99,22 +107,24 @@ TOYS: dict[str, Toy] = {
             "context_mask": torch.arange(6)[None] < torch.randint(2, 6, (1, 1)),
             "global_embed": torch.randn(1, 6),
         },
-        {"layers": 4},
+        {"layers": 4}, {"self-attention": 4, "cross-attention": 4, "mlp": 4},
     ),
     "steered": Toy(
         SteeredDiT, (1, 12, 8), "timestep",
         lambda: {"block_residuals": [torch.randn(1, 12, 16) for _ in range(2)]},
-        {"blocks": 4},
+        {"blocks": 4}, {"self-attention": 4, "mlp": 4},
     ),
     "steered by itself": Toy(
         SelfSteeredDiT, (1, 12, 8), "timestep",
         lambda: {"control": torch.randn(1, 12, 6)},
-        {"control_blocks": 2, "blocks": 4},
+        {"control_blocks": 2, "blocks": 4}, {"self-attention": 6, "mlp": 6},
     ),
     "staged": Toy(
-        StagedDiT, (1, 12, 8), "t", _text, {"image_refiner": 2, "stages": 4}, name="image"
+        StagedDiT, (1, 12, 8), "t", _text, {"image_refiner": 2, "stages": 2},
+        {"self-attention": 6, "mlp": 6}, name="image",
     ),
     "checkpointed": Toy(
-        CheckpointedDiT, (1, 12, 8), "t", _text, {"image_refiner": 2, "layers": 4}, name="image"
+        CheckpointedDiT, (1, 12, 8), "t", _text, {"image_refiner": 2, "layers": 4},
+        {"self-attention": 6, "mlp": 6}, name="image",
     ),
 }  # fmt: skip

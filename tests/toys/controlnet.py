@@ -21,13 +21,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale, gate, gate2 = (self.modulation + e.unsqueeze(1)).chunk(4, dim=1)
         h = self.norm1(x) * (1 + scale) + shift
-        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         x = x + gate * self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + gate2 * self.ffn(self.norm2(x))
+        x = x + gate2 * self.ffn(self.norm2(x))
+        return x
 
 
 class SteeredDiT(nn.Module):
-    """Takes what a ControlNet made: one residual for every `len(blocks) / len(residuals)` blocks."""
+    """Takes what a ControlNet made: residuals, each for as many blocks."""
 
     def __init__(self, dim: int = 16, depth: int = 4) -> None:
         super().__init__()

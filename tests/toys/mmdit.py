@@ -33,7 +33,8 @@ class Stream(nn.Module):
     def post(self, x: Tensor, attention: Tensor, mod: tuple[Tensor, ...]) -> Tensor:
         gate, shift, scale, gate_mlp = mod
         x = x + gate * self.proj(attention)
-        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale) + shift)
+        x = x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale) + shift)
+        return x
 
 
 class JointBlock(nn.Module):
@@ -66,7 +67,8 @@ class SingleBlock(nn.Module):
         h = self.linear1(self.norm(x) * (1 + scale) + shift)
         qkv, mlp = h.split([3 * self.dim, 2 * self.dim], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return x + gate * self.linear2(torch.cat((attend(q, k, v), F.gelu(mlp)), 2))
+        x = x + gate * self.linear2(torch.cat((attend(q, k, v), F.gelu(mlp)), 2))
+        return x
 
 
 class MMDiT(nn.Module):

@@ -55,7 +55,7 @@ class Trunk(nn.Module):
 class StagedDiT(Trunk):
     """A Sequential of Sequentials, which saves memory whenever gradients are wanted."""
 
-    def __init__(self, dim: int = 16, stages: int = 4, depth: int = 2) -> None:
+    def __init__(self, dim: int = 16, stages: int = 2, depth: int = 2) -> None:
         super().__init__(dim)
         self.stages = nn.Sequential(
             *(nn.Sequential(*(Block(dim) for _ in range(depth))) for _ in range(stages))

@@ -82,4 +82,5 @@ class STDiT(nn.Module):
             x = spatial(x, y, t, text_mask, frames)
             x = temporal(x, y, t, text_mask, frames)
         x = self.final(x).view(batch, frames, height // 2, width // 2, 4, 2, 2)
-        return x.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, 4, frames, height, width)
+        out: Tensor = x.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, 4, frames, height, width)
+        return out

@@ -21,12 +21,12 @@ class Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.proj(h.transpose(1, 2).flatten(2))
         return out
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attention(self.norm1(x))
         x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))

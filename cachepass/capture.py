@@ -199,8 +199,8 @@ _ADVICE = (
     (
         "[Dd]ata-dependent",
         (
-            "A graph cannot follow what a tensor holds: select with torch.where, or decide before the "
-            "call and hand the model a Python value"
+            "A graph cannot follow what a tensor holds: select with torch.where, or decide before "
+            "the call and hand the model a Python value"
         ),
     ),
     (

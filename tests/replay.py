@@ -29,7 +29,8 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,17 +95,21 @@ class Replay:
 
     Args:
         model: as it was before `cachepass.compile`.
-        stacks: paths of the lists that hold the blocks, as a report names them.
+        stacks: paths of the lists that hold the blocks, as a report names them; a block is called
+            once in a call.
         sites: of the policy; all with the predictor `Reuse`, and none a sublayer.
     """
 
-    def __init__(self, model: nn.Module, stacks: Iterable[str], sites: Iterable[Site]) -> None:
+    def __init__(self, model: nn.Module, stacks: Collection[str], sites: Iterable[Site]) -> None:
         self.model, self.sites = model, tuple(sites)
         for site in self.sites:
             assert isinstance(site, (Blocks, WholeCall, Cfg)), f"{site.name} is not replayed"
             assert isinstance(site.stand_in, cachepass.Reuse), f"{site.name} predicts otherwise"
-        lists = {name: model if name == "self" else model.get_submodule(name) for name in stacks}
-        self.blocks = {block: name for name, part in lists.items() for block in part.children()}
+        self.blocks: dict[nn.Module, str] = {}
+        for path, block in model.named_modules():
+            entry = re.fullmatch(r"(.*?)\.?(\d+)", path)
+            if entry and (entry[1] or "self") in stacks:
+                self.blocks[block] = entry[1]
         self.kept: dict[tuple[str, str], Any] = {}
         """What a site keeps for a branch; of a run of blocks, by block and output."""
 
@@ -155,10 +160,13 @@ class Replay:
     def _watched(self, runs: Sequence[Blocks], branch: str) -> Iterator[None]:
         """Each block leaves a visit; those of the runs hand on what stands in for them."""
         self.visits = []
+        called: set[nn.Module] = set()
         ranges = [(site, *site.range(self.count)) for site in runs]
         ranges.sort(key=lambda r: r[1] - r[2])  # the widest first: it skips the others
 
         def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            assert block not in called, "a block is called twice"
+            called.add(block)
             leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
             taken = {pytree.keystr(p): v for p, v in leaves if isinstance(v, Tensor)}
             copies = {path: value.clone() for path, value in taken.items()}

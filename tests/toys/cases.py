@@ -87,8 +87,8 @@ TOYS: dict[str, Toy] = {
         name="z", scale=1000.0,
     ),
     "uvit": Toy(
-        UViT, (1, 3, 8, 8), "timesteps", _label, {"in_blocks": 4, "out_blocks": 4},
-        {"self-attention": 8, "mlp": 8},
+        UViT, (1, 3, 8, 8), "timesteps", _label, {"in_blocks": 2, "out_blocks": 2},
+        {"self-attention": 4, "mlp": 4},
     ),
     "mmdit": Toy(
         MMDiT, (1, 12, 8), "timesteps",

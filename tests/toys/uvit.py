@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    def __init__(self, dim: int = 16, depth: int = 8, patch: int = 2, classes: int = 10) -> None:
+    def __init__(self, dim: int = 16, depth: int = 4, patch: int = 2, classes: int = 10) -> None:
         super().__init__()
         self.patch = patch
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)

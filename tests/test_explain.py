@@ -8,7 +8,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import cachepass
-from tests.models import HIDREAM, TINY, TOY, ToyDiT, as_tensor
+from tests.models import HIDREAM, TINY, TOY, as_tensor
+from tests.toys.dit import ToyDiT
 
 
 def test_a_model_as_text() -> None:

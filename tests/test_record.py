@@ -10,7 +10,8 @@ from torch import Tensor
 
 import cachepass
 from cachepass.record import record
-from tests.models import TINY, TOY, ToyDiT, as_tensor, distance
+from tests.models import TINY, TOY, as_tensor, distance
+from tests.toys.dit import ToyDiT
 
 
 class Choosing(ToyDiT):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import cachepass
-from tests.models import TINY, WAN, ToyDiT, as_tensor
+from tests.models import TINY, WAN, as_tensor
 from tests.requests import BOTH, decisions, notes
+from tests.toys.dit import ToyDiT
 
 STEPS = 10
 CFG: dict[int, str] = {3: "cfg", 4: "cfg", 7: "cfg"}

@@ -43,6 +43,9 @@ from cachepass.runtime.storage import Storage
 
 Lowering = Literal["regions", "graph"]
 
+_MOST_CHOICES = 32
+"""Of one model, over all shapes."""
+
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -162,7 +165,7 @@ class CachedModule(OptimizedModule):
         except capture.FAILURES:
             hooks.refuse_layers(self._orig_mod)
             recording = None
-            with contextlib.suppress(CaptureError):
+            with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
                 recording = record(self.shadow.module, args, kwargs)
             # That was a plain call. Some models build tables (of rotary frequencies) in their
             # first one, by code that cannot be captured, and find them there in the second.
@@ -188,6 +191,12 @@ class CachedModule(OptimizedModule):
             for recording, program in self._recordings:
                 if recording.key == key and recording.holds(recording.arguments(leaves)):
                     return recording, program
+            if len(self._recordings) == _MOST_CHOICES:
+                raise CaptureError(
+                    f"the model chose in {_MOST_CHOICES} ways so far, and was captured for each; "
+                    "now it chooses otherwise again. Let its forward choose by torch.where, or by a "
+                    "Python value that it is given"
+                )
             recording = record(model, args, kwargs)
             program = self._backend(recording.gm, recording.arguments(leaves))
             self._recordings.append((recording, program))

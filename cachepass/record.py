@@ -35,7 +35,7 @@ _ASKS = frozenset({
 })  # fmt: skip
 """What hands a tensor's values to Python."""
 
-_LEAVES = frozenset({"numpy", "__array__"})
+_LEAVES = frozenset({"numpy", "__array__", "__repr__", "__format__"})
 
 _SIZED_BY_DATA = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
 
@@ -100,7 +100,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """Make a call of a model and write it down.
 
     Raises:
-        CaptureError: what was written down does not give what the call gave.
+        CaptureError: what was written down does not give what the call gave, or what is chosen by
+            takes most of the call, or are floating values.
     """
     leaves, _ = pytree.tree_flatten((args, dict(kwargs)))
     paths = [_name(path) for path, _ in pytree.tree_leaves_with_path((args, dict(kwargs)))]
@@ -112,7 +113,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     with torch.no_grad(), recorder.modules(), recorder:
         output = model(*args, **kwargs)
     if recorder.left:
-        raise CaptureError("a tensor leaves torch (numpy) in the forward, and comes back unseen")
+        raise CaptureError("a tensor leaves torch in the forward, to numpy or as floating values")
     recording = recorder.finish(output, key_of(model, args, kwargs))
     _check(recording, leaves, output, type(model).__name__)
     return recording
@@ -218,6 +219,8 @@ class _Recorder(TorchFunctionMode):
 
     def _ask(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         answer = func(*args, **kwargs)
+        # Another one in each call, as a rule: nothing that a recording could hold for.
+        self.left |= any(isinstance(x, float) for x in pytree.tree_leaves(answer))
         tensors = [a for a in args if isinstance(a, Tensor)]
         others = [a for a in args if not isinstance(a, Tensor)]
         if len(tensors) == 1:
@@ -322,6 +325,9 @@ class _Recorder(TorchFunctionMode):
             if node.op == "placeholder" or node in needed:
                 copied[node] = conditions.node_copy(node, copied.__getitem__)
         conditions.output(tuple(copied[node] for node, _, _ in self.conditions))
+        asking = sum(n.op.startswith("call") for n in conditions.nodes)
+        if asking > sum(n.op.startswith("call") for n in self.graph.nodes) / 2:
+            raise CaptureError("what the model chooses by takes most of the model to compute")
         self.graph.output(returned)
         for node in list(self.graph.find_nodes(op="call_function", target=_pair)):
             self.graph.erase_node(node)

@@ -121,8 +121,6 @@ def test_explain() -> None:
 @pytest.mark.parametrize(("kind", "line"), [(Leaving, "if y.numpy()"), (Random, "if y.sum")])
 def test_what_cannot_be_recorded_names_its_line(kind: type[ToyDiT], line: str) -> None:
     """The error is dynamo's, which has a line and a reason."""
-    with pytest.raises(cachepass.CaptureError, match=r"test_record.py:\d+ in forward: ") as told:
+    with pytest.raises(cachepass.CaptureError, match=r"test_record.py:\d+ in forward ") as told:
         _cached(kind().eval())(**_given(3))
-    number = int(str(told.value).split("test_record.py:")[1].split(" ")[0])
-    with open(__file__, encoding="utf-8") as source:  # noqa: PTH123
-        assert line in source.read().splitlines()[number - 1]
+    assert f"(`{line}" in str(told.value)

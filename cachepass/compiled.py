@@ -194,8 +194,8 @@ class CachedModule(OptimizedModule):
             if len(self._recordings) == _MOST_CHOICES:
                 raise CaptureError(
                     f"the model chose in {_MOST_CHOICES} ways so far, and was captured for each; "
-                    "now it chooses otherwise again. Let its forward choose by torch.where, or by a "
-                    "Python value that it is given"
+                    "now it chooses otherwise again. Let its forward choose by torch.where, or by "
+                    "a Python value that it is given"
                 )
             recording = record(model, args, kwargs)
             program = self._backend(recording.gm, recording.arguments(leaves))

@@ -324,7 +324,7 @@ def _hunyuan15() -> tuple[Any, dict[str, Any]]:
     pipe = diffusers.HunyuanVideo15Pipeline(
         **NO_TEXTS, scheduler=FLOW(), guider=diffusers.ClassifierFreeGuidance(3.0),
         vae=diffusers.AutoencoderKLHunyuanVideo15(
-            latent_channels=4, block_out_channels=(4,) * 5, layers_per_block=1
+            latent_channels=4, block_out_channels=(8,) * 5, layers_per_block=1
         ).eval(),
         transformer=model("HunyuanVideo15Transformer3DModel"),
     )  # fmt: skip
@@ -358,7 +358,7 @@ def _ltx2() -> tuple[Any, dict[str, Any]]:
     pipe = diffusers.LTX2Pipeline(
         **NO_TEXT, vocoder=None, scheduler=FLOW(),
         vae=diffusers.AutoencoderKLLTX2Video(
-            latent_channels=8, block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 3,
+            latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 3,
             layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4,
             spatial_compression_ratio=32, temporal_compression_ratio=8,
         ).eval(),
@@ -432,10 +432,10 @@ PIPES: dict[str, Pipe] = {
     "flux img2img": Pipe(_flux_image, calls=ONE, steps=5),
     "flux kontext": Pipe(_flux_kontext, calls=ONE, full=True),
     "sd3": Pipe(sd3, calls=ONE, full=True),
-    "sd3 img2img": Pipe(_sd3_image, calls=ONE, steps=5),
+    "sd3 img2img": Pipe(_sd3_image, calls=ONE, steps=5, full=True),
     "cogvideox": Pipe(cogvideox, calls=BOTH_HALVES),
     "cogvideox image to video": Pipe(_cogvideox_image, calls=BOTH_HALVES, full=True),
-    "ltx": Pipe(_ltx, calls=BOTH_HALVES),
+    "ltx": Pipe(_ltx, calls=BOTH_HALVES, full=True),
     "hunyuan": Pipe(_hunyuan, full=True),
     "hunyuan 1.5": Pipe(_hunyuan15, full=True),
     "framepack": Pipe(_framepack, calls=TWO, requests=2, full=True),
@@ -444,9 +444,9 @@ PIPES: dict[str, Pipe] = {
     "qwen": Pipe(_qwen, full=True),
     "pixart alpha": Pipe(lambda: _pixart(diffusers.PixArtAlphaPipeline), calls=ONE, full=True),
     "pixart sigma": Pipe(lambda: _pixart(diffusers.PixArtSigmaPipeline), calls=ONE, full=True),
-    "sana": Pipe(_sana, calls=ONE),
+    "sana": Pipe(_sana, calls=ONE, full=True),
     "sana sprint": Pipe(_sana_sprint, calls=ONE),
-    "latte": Pipe(_latte, calls=ONE),
+    "latte": Pipe(_latte, calls=ONE, full=True),
     "allegro": Pipe(_allegro, calls=ONE, full=True),
     "lumina2": Pipe(lumina2, calls=TWO, full=True, fails="chooses by its mask"),
     "z-image": Pipe(_z_image, calls=ONE, full=True, fails="a context spans regions"),

@@ -92,6 +92,9 @@ def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 def _example(node: fx.Node) -> Any:
     """What a node gives, on the examples of what it is given."""
+    for used in node.all_input_nodes:
+        if "example_value" not in used.meta and used.op.startswith("call"):
+            used.meta["example_value"] = _example(used)  # dynamo leaves out those of `tolist`
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
     tensors = [value_of(n) for n in node.all_input_nodes if isinstance(value_of(n), Tensor)]
     if not tensors:

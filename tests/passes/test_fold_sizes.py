@@ -61,3 +61,15 @@ def test_what_is_drawn_or_given_stays() -> None:
         run_passes(gm, [FoldSizes()])
         (output,) = gm.graph.output_node().all_input_nodes
         assert not all(isinstance(n, int) for n in output.meta["example_value"].shape)
+
+
+class Listed(nn.Module):
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        out: Tensor = x + sum(counts.tolist())
+        return out
+
+
+def test_numbers_of_a_list_are_followed() -> None:
+    gm, args, expected = _captured(Listed())
+    run_passes(gm, [FoldSizes()])
+    assert torch.equal(gm(*args)[0], expected)

@@ -1,4 +1,4 @@
-"""Every class that is called in a loop has an entry; a few are checked as the harness checks all."""
+"""Every class that is called in a loop has an entry, and is right under every policy."""
 
 from __future__ import annotations
 

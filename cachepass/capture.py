@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ from cachepass.record import record
 FAILURES = (Unsupported, UserError)
 """What dynamo raises for a call that it cannot capture."""
 
+_LOGGING = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub"})
 
 
@@ -155,6 +158,19 @@ def sized_by_data(gm: fx.GraphModule) -> bool:
     """Whether the sizes of some value in a captured graph are known at run time only."""
     values = [n.meta.get("example_value") for n in gm.graph.nodes]
     return any(isinstance(v, Tensor) and free_unbacked_symbols(v) for v in values)
+
+
+def logging_ignored() -> contextlib.AbstractContextManager[Any]:
+    """Capture what a model computes, without what it logs.
+
+    Libraries put methods of their own on the class of loggers, which log something once.
+    """
+    methods = {m for n, m in vars(logging.Logger).items() if n.removesuffix("_once") in _LOGGING}
+    ignored = torch._dynamo.config.ignore_logging_functions | methods
+    manager: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(
+        ignore_logging_functions=ignored
+    )
+    return manager
 
 
 def _argument(placeholder: fx.Node, parameters: Sequence[str]) -> str:

@@ -169,8 +169,10 @@ class CachedModule(OptimizedModule):
                 recording = record(self.shadow.module, args, kwargs)
             # That was a plain call. Some models build tables (of rotary frequencies) in their
             # first one, by code that cannot be captured, and find them there in the second.
+            # So do hooks on modules. What is logged is left out of the graph.
             try:
-                return super().__call__(*args, **kwargs)
+                with capture.logging_ignored():
+                    return super().__call__(*args, **kwargs)
             except capture.FAILURES:
                 if recording is None:
                     raise

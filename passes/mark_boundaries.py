@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import re
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from cachepass.ir.graph import CONTEXTS, module_paths, mutated, value_of
 from cachepass.ir.sublayers import attention_key, find_sublayers, ndim
 from cachepass.pass_manager import PassResult
 
+_SPLITS = frozenset({"chunk", "split", "tensor_split"})
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "noise_level")
 
 
@@ -39,6 +41,8 @@ class MarkBoundaries:
     4. An attention that several streams share, or that runs on several as one, is found for each of
        them, to be measured; none can be skipped alone.
     5. The graph is left alone if it is marked already.
+    6. Where a block begins by taking one part of a stream, and nobody the others (tokens that are
+       split among processes, by a hook of the block), the stream begins with that part.
     """
 
     name: str = "mark-boundaries"
@@ -50,6 +54,7 @@ class MarkBoundaries:
         _find_inputs(gm.graph, layout)
         roots = _roots(gm.graph, layout)
         _find_stacks(gm.graph, layout, roots)
+        _leave_out_shares(gm.graph, layout, roots)
         _find_streams(gm.graph, layout, roots)
         for nodes in _blocks(gm.graph):
             assert layout.latent is not None  # else _find_inputs has raised
@@ -188,6 +193,20 @@ def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
             if len(places) == 1:
                 for n in inside:
                     n.meta.setdefault("place", *places)
+
+
+def _leave_out_shares(
+    graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset[fx.Node]]
+) -> None:
+    """See case 6."""
+    for node in graph.nodes:
+        if place_of(node) is None or getattr(node.target, "__name__", node.target) not in _SPLITS:
+            continue
+        source, parts = node.all_input_nodes[0], list(node.users)
+        enters = place_of(source) != place_of(node) and layout.latent in roots[source]
+        if enters and len(parts) == 1 and parts[0].target is operator.getitem:
+            for taken in (node, *parts):
+                del taken.meta["place"]
 
 
 def _find_streams(

@@ -301,6 +301,8 @@ def _module_path(source: str) -> str:
     """How dynamo spells a module, as users do: the same few for all nodes of a graph."""
     path = re.sub(r"\.?__dict__\['_modules'\]|\._modules", "", source)
     path = re.sub(r"\['([^']+)'\]", r".\1", path)
+    # A hook that took the place of a module's forward calls that one, bound to the module.
+    path = re.sub(r"^.*\.forward\.__self__\b\.?", "L.self.", path)
     # The model is a local of its forward, under the name that this gives it (`self`, as a rule).
     path = re.sub(r"^L\.\w+\.?(self\.?)?", "", path).lstrip(".")
     return path.removeprefix("_orig_mod.")

@@ -11,7 +11,7 @@ from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Kind, layout_of, place_of
 from cachepass.passes import MarkBoundaries
 from tests.graphs import capture
-from tests.models import TINY, TOY, WAN
+from tests.models import TINY, TOY, WAN, Tiny, ToyDiT
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
@@ -83,6 +83,35 @@ def test_marked_graphs_are_left_alone() -> None:
     result = MarkBoundaries()(gm)
     assert not result.modified
     assert result.graph_module is gm
+
+
+def _halved() -> nn.Module:
+    """The first block takes half of the tokens, by a hook; the last one gives all."""
+    model = ToyDiT()
+    first, last = model.layers[0].forward, model.layers[2].forward
+
+    def take(tokens: Tensor, c: Tensor) -> Tensor:
+        half: Tensor = first(tokens.chunk(2, dim=1)[1], c)
+        return half
+
+    def give(tokens: Tensor, c: Tensor) -> Tensor:
+        half = last(tokens, c)
+        return torch.cat([half, half], dim=1)
+
+    model.layers[0].forward, model.layers[2].forward = take, give
+    return model.eval()
+
+
+def test_a_share_of_the_tokens_is_taken_before_the_first_block() -> None:
+    halved = Tiny(_halved, TOY.inputs, blocks=3)
+    captured = capture(halved)
+    gm = captured.run(MarkBoundaries())
+    splits = [n for n in gm.graph.nodes if n.target == "chunk"]
+    assert [place_of(n) is None for n in splits] == [True, False, False, False]  # modulation
+    policy = cachepass.FirstBlock()
+    captured = capture(halved)
+    captured.run(*captured.pipeline(policy))
+    assert captured.matches(policy)
 
 
 class NoBlocks(nn.Module):

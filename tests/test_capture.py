@@ -1,0 +1,61 @@
+"""What a call may do beside computing, and be captured all the same."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cachepass
+from tests.models import TOY, ToyDiT
+
+log = logging.getLogger(__name__)
+
+
+class Chatty(ToyDiT):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        log.warning("%d rows", len(x))
+        return super().forward(x, t, y)
+
+
+def test_what_a_model_logs_is_left_out() -> None:
+    model = Chatty().eval()
+    cached: Any = cachepass.compile(model, policy="compute", inner="eager")
+    with torch.no_grad():
+        assert torch.equal(cached(**TOY.example()), model(**TOY.example()))
+
+
+class Hook:
+    """Learns at the first call what its module's arguments are called, as diffusers' hooks do."""
+
+    def __init__(self, module: nn.Module, replaced: Callable[..., Tensor]) -> None:
+        self.module, self.replaced = module, replaced
+        self.names: list[str] = []
+
+    def __call__(self, *args: Any) -> Tensor:
+        if not self.names:
+            self.names = list(_parameters(self.module))
+        return self.replaced(**dict(zip(self.names, args, strict=True)))
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    torch._dynamo.graph_break()
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+@pytest.mark.parametrize("policy", ["compute", "firstblock"])
+def test_hooks_that_learn_at_their_first_call(policy: str) -> None:
+    model = TOY.model()
+    for block in model.layers:
+        hook = Hook(block, block.forward)
+        block.forward = functools.partial(Hook.__call__, hook)
+    cached: Any = cachepass.compile(model, policy=policy, inner="eager")
+    with torch.no_grad():
+        assert torch.equal(cached(**TOY.example()), TOY.model()(**TOY.example()))
+    assert cachepass.report(cached).to_dict()["stacks"] == {"layers": 3}

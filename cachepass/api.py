@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
@@ -21,6 +22,7 @@ from cachepass.report import Report, merged, report_of
 from cachepass.runtime.denoiser import Denoiser
 from cachepass.runtime.guidance import Guidance
 from cachepass.runtime.policies import AnyPolicy, SRDiffusion, resolve
+from cachepass.runtime.ranks import Ranks
 from cachepass.runtime.relay import RENDER, SKETCH, Relay, Switch
 from cachepass.runtime.rows import Rows
 from cachepass.runtime.session import Location, Session
@@ -42,6 +44,7 @@ def compile(
     max_cache_bytes: int | None = None,
     cache_dtype: torch.dtype | None = None,
     cache_on_host: bool = False,
+    group: dist.ProcessGroup | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> M:
     """Compile a denoiser, or every denoiser of a diffusers pipeline, with a cache inside.
@@ -67,12 +70,15 @@ def compile(
             for each row. With "regions".
         cache_on_host: keep values in the host's memory; a GPU fetches them as it computes. With
             "regions".
+        group: the processes that work on one request, each with its tokens or its branch of
+            guidance: all decide alike (docs/parallel.md). With "regions".
         dump: a folder for the graph after each pass; the environment variable
             CACHEPASS_DUMP does the same.
 
     Raises:
         PolicyError: unknown policy or option, with the valid ones.
         CaptureError: at the first call, if the call cannot be captured or has no blocks.
+        SessionError: at a call, if the processes of `group` are at different steps.
     """
     if lowering not in get_args(Lowering):
         raise CachePassError(
@@ -90,6 +96,10 @@ def compile(
         raise CachePassError(
             "`max_cache_bytes`, `cache_dtype` and `cache_on_host` are options of "
             "lowering='regions': a whole graph keeps its state as it is"
+        )
+    if lowering == "graph" and group is not None:
+        raise CachePassError(
+            "`group` is an option of lowering='regions': a whole graph decides on its own"
         )
     if policy == SRDiffusion.name:
         raise PolicyError(
@@ -116,6 +126,7 @@ def compile(
             guidance=guidance,
             inner=inner,
             storage=storage,
+            ranks=Ranks(group) if group is not None else None,
             dump=folder,
         )
 

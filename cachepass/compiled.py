@@ -39,6 +39,7 @@ from cachepass.runtime.guidance import (
 )
 from cachepass.runtime.policies import AnyPolicy, for_model
 from cachepass.runtime.program import Program
+from cachepass.runtime.ranks import Ranks
 from cachepass.runtime.storage import Storage
 
 Lowering = Literal["regions", "graph"]
@@ -73,9 +74,12 @@ class CachedModule(OptimizedModule):
         guidance: Guidance | None,
         inner: Inner,
         storage: Storage,
+        ranks: Ranks | None,
         dump: str | os.PathLike[str] | None,
     ) -> None:
-        denoiser = Denoiser(for_model(policy, model), described=repr(policy), storage=storage)
+        denoiser = Denoiser(
+            for_model(policy, model), described=repr(policy), storage=storage, ranks=ranks
+        )
         lower_to = GraphCompiler(mode, inner) if lowering == "graph" else RegionCompiler(mode)
         parameters = tuple(inspect.signature(model.forward).parameters)
         backend = backend_of(denoiser, lower_to, inner, dump, parameters)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import cachepass
-from tests.models import TOY, ToyDiT
+from tests.models import TOY
+from tests.toys.dit import ToyDiT
 
 log = logging.getLogger(__name__)
 

@@ -44,6 +44,12 @@ class Report:
                 f"{share:.1%} of block work skipped, slots of {request['peak_cache_bytes']:,} bytes"
             )
             lines += [f"  note: {note}" for note in request["notes"]]
+        ranks = self.data["ranks"]
+        if ranks is not None:
+            lines.append(
+                f"decided alike by {ranks['count']} ranks: {ranks['exchanges']} exchanges, "
+                f"{ranks['bytes']:,} bytes sent by this one"
+            )
         compiles = self.data["compiles"]
         lines.append(
             f"compiled {compiles['graphs']} graphs, {compiles['regions']} regions in "
@@ -96,6 +102,9 @@ def report_of(
             else [],
             "slots": [s.name for s in layout.slots.values()] if layout else [],
             "notes": notes,
+            "ranks": {"count": r.count, "exchanges": r.exchanges, "bytes": r.bytes}
+            if (r := denoiser.ranks) is not None
+            else None,
             "requests": [_request(r) for r in requests if r.records or r is only],
             "compiles": {
                 "graphs": len(denoiser.programs),

@@ -20,6 +20,7 @@ from cachepass.runtime.frame import Frame, Row, Surroundings
 from cachepass.runtime.inputs import Inputs
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.policy import Policy
+from cachepass.runtime.ranks import Ranks
 from cachepass.runtime.rows import ROWS
 from cachepass.runtime.session import ENTERED, History, Location, Session
 from cachepass.runtime.storage import Storage
@@ -60,8 +61,9 @@ class Denoiser:
         *,
         described: str | None = None,
         storage: Storage | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.policy, self.storage = policy, storage or Storage()
+        self.policy, self.storage, self.ranks = policy, storage or Storage(), ranks
         self.described = described or repr(policy)
         """The policy as the user gave it."""
 
@@ -260,7 +262,8 @@ class Denoiser:
         """Say that there is nothing to skip where a model is called once per step."""
         text = (
             "site 'cfg' has nothing to skip: the model is called once per step, so guidance is "
-            "distilled or off, or its branches lie in one batch (then say guidance='concat')"
+            "distilled or off, or another process makes the other branch's call, or its branches "
+            "lie in one batch (then say guidance='concat')"
         )
         if all(isinstance(site, Cfg) for site in self.policy.sites):
             raise PolicyError(f"policy {self.policy.name!r}: {text}, or choose a policy of blocks")
@@ -293,7 +296,7 @@ class Denoiser:
         alone = len(sessions) == 1
         around = Surroundings(
             self.policy, self.sites, inputs.layout, self.storage, args[inputs.latent].device, time,
-            call_cond if alone else None, takes,
+            call_cond if alone else None, takes, self.ranks,
         )  # fmt: skip
         return Frame(rows, around)
 

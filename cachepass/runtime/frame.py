@@ -18,6 +18,7 @@ from cachepass.ir.ops import Arm, Carried, When
 from cachepass.ir.predictors import Moment
 from cachepass.runtime import batch
 from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
+from cachepass.runtime.ranks import Known, Ranks
 from cachepass.runtime.session import CallRecord, Observation, Session, Sums
 from cachepass.runtime.storage import Kept, Prefetch, Storage
 
@@ -57,6 +58,9 @@ class Surroundings:
 
     takes: Callable[[int], bool]
     """Whether arms take this many rows."""
+
+    ranks: Ranks | None = None
+    """The processes that decide alike, where there are several."""
 
 
 class Frame:
@@ -157,7 +161,10 @@ class Frame:
         if not kept or kept[0] == row.step:  # a row that is not reused: any finite numbers do
             return newest_alone
         # Signals are read from the device only where they are wanted.
-        measures = self._measures(row) if predictor.needs_signal else {}
+        measures: Mapping[str, Measure] = {}
+        if predictor.needs_signal:
+            told = row.session.told.get(self._key(row))  # by all ranks: they predict alike
+            measures = told if told is not None else self._measures(row)
         moment = Moment(
             step=row.step,
             kept=kept,
@@ -176,31 +183,12 @@ class Frame:
             branch, sample, _ = reference.key(row.branch, row.sample)
             row.session.signals[branch, sample, signal] = Observation(seen, i, row.step, before)
 
+    def _key(self, row: Row) -> tuple[str | None, int]:
+        """Whose decision it is: the row's branch and sample, or of all branches together."""
+        return (None if self.policy.trigger.shared_by_branches else row.branch), row.sample
+
     def _measures(self, row: Row) -> dict[str, Measure]:
-        """Signals of this row; those of all branches together where they decide together."""
-        found: dict[str, Measure] = {}
-        for (branch, sample, name), observation in row.session.signals.items():
-            if sample != row.sample:
-                continue
-            if branch not in (None, row.branch) and not self.policy.trigger.shared_by_branches:
-                continue
-            measure = observation.measure()
-            if observation.before is not None and math.isnan(measure.rel):
-                row.session.note(
-                    f"signal {name!r} was NaN, infinite or zero: no evidence for reuse"
-                )
-            other = found.get(name)
-            if other is None or other.step < measure.step:
-                found[name] = measure
-            elif other.step == measure.step:
-                ratios = [m for m in (other.second, measure.second) if m is not None]
-                found[name] = dataclasses.replace(
-                    measure,
-                    diff=measure.diff + other.diff,
-                    ref=measure.ref + other.ref,
-                    second=sum(ratios) / len(ratios) if ratios else None,
-                )
-        return found
+        return row.session.measures(*self._key(row))
 
     # -------------------------------------------------------------------- decisions
 
@@ -216,9 +204,11 @@ class Frame:
         if self.policy.needs_timestep and self.around.time is not None:
             self._tell_timesteps(self.around.time)
         # The first of a sample first: where branches decide together, it decides.
-        for row in sorted(self.rows, key=lambda row: not row.first):
+        rows = sorted(self.rows, key=lambda row: not row.first)
+        known = self._known([row for row in rows if not self._is_chosen(row)])
+        for row in rows:
             taken, not_here = set(), set()
-            for name in self._choose(row):
+            for name in self._choose(row, known):
                 site = self._site(name)
                 if self._is_warm(site, row):
                     taken.add(name)
@@ -257,11 +247,34 @@ class Frame:
     def _is_warm(self, site: Site, row: Row) -> bool:
         return row.session.is_warm(site, self.layout, row.branch, row.sample, row.before)
 
-    def _choose(self, row: Row) -> frozenset[str]:
-        session, policy, shared = row.session, self.policy, self.policy.trigger.shared_by_branches
-        step, choice = session.chosen.get(row.sample, (-1, COMPUTE))
-        if shared and step == row.step:
-            return choice
+    def _is_chosen(self, row: Row) -> bool:
+        """Whether another branch has decided for this one, too."""
+        chosen = row.session.chosen.get(row.sample)
+        shared = self.policy.trigger.shared_by_branches
+        return shared and chosen is not None and chosen[0] == row.step
+
+    def _known(self, rows: Sequence[Row]) -> dict[tuple[Session, str | None, int], Known]:
+        """What is known for each decision that is to be made; by all ranks, where there are any."""
+        known: dict[tuple[Session, str | None, int], Known] = {}
+        for row in rows:
+            key = (row.session, *self._key(row))
+            if key not in known:  # where branches decide together, the first of them does
+                known[key] = self._known_here(row)
+        ranks, signals = self.around.ranks, self.policy.signals()
+        if ranks is None or not signals or not known:
+            return known
+        agreed = ranks.agree([*known.values()], [*self.around.sites], signals, self.around.device)
+        for (key, here), now in zip(known.items(), agreed, strict=True):
+            session, branch, sample = key
+            if now.fresh and not here.fresh:
+                session.note("another rank has lost its caches: caches dropped")
+                session.forget(branch, sample)
+            session.told[branch, sample] = now.signals
+        return dict(zip(known, agreed, strict=True))
+
+    def _known_here(self, row: Row) -> Known:
+        session, key = row.session, self._key(row)
+        shared = self.policy.trigger.shared_by_branches
         warm = frozenset(
             site.name
             for site in self.around.sites.values()
@@ -271,12 +284,20 @@ class Frame:
                 else self._is_warm(site, row)
             )
         )
+        return Known(row.step, row.branch, key not in session.states, warm, self._measures(row))
+
+    def _choose(
+        self, row: Row, known: Mapping[tuple[Session, str | None, int], Known]
+    ) -> frozenset[str]:
+        session, key = row.session, self._key(row)
+        if self._is_chosen(row):
+            return session.chosen[row.sample][1]
+        told = known[session, *key]
         facts = Facts(
-            row.step, session.num_steps, row.branch, warm, self._measures(row),
+            row.step, session.num_steps, row.branch, told.warm, told.signals,
             frozenset(self.around.sites), row.time,
         )  # fmt: skip
-        key = (None if shared else row.branch, row.sample)
-        choice, session.states[key] = policy.decide(facts, session.states.get(key))
+        choice, session.states[key] = self.policy.decide(facts, session.states.get(key))
         session.chosen[row.sample] = row.step, choice
         return choice
 

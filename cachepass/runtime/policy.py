@@ -38,6 +38,9 @@ class Measure:
     second: float | None = None
     """The ratio of a second pair of sums, of signals that have one (motion, trend)."""
 
+    moves: tuple[float, float] | None = None
+    """That pair, for ranks to add up."""
+
     @property
     def rel(self) -> float:
         """Relative L1 change; NaN where it cannot be told (so no comparison with it holds)."""

@@ -6,8 +6,9 @@ import contextlib
 import contextvars
 import dataclasses
 import itertools
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -86,6 +87,8 @@ class Session:
         """Sites that are not kept, for lack of room."""
 
         self.states: dict[tuple[str | None, int], Any] = {}
+        self.told: dict[tuple[str | None, int], Mapping[str, Measure]] = {}
+        """What all ranks measured, of the last decision; where several work on the request."""
         self.timesteps: dict[int, dict[int, float]] = {}
         """Of each sample, those of its steps so far; kept for policies that look at them."""
         self.time_scale = 1.0
@@ -240,6 +243,7 @@ class Session:
         self.signals.clear()
         self.tensors.clear()
         self.states.clear()
+        self.told.clear()
         self.timesteps.clear()
         self.chosen.clear()
         self.called_as.clear()
@@ -298,6 +302,42 @@ class Session:
         """The step whose value a slot holds for a row."""
         kept = self.slots.get(slot.key(branch, sample))
         return kept.step if kept is not None else None
+
+    def measures(self, branch: str | None, sample: int) -> dict[str, Measure]:
+        """Signals of a row; those of all branches together where `branch` is None."""
+        found: dict[str, Measure] = {}
+        for (of, whose, name), observation in self.signals.items():
+            if whose != sample or (branch is not None and of not in (None, branch)):
+                continue
+            measure = observation.measure()
+            if observation.before is not None and math.isnan(measure.rel):
+                self.note(f"signal {name!r} was NaN, infinite or zero: no evidence for reuse")
+            other = found.get(name)
+            if other is None or other.step < measure.step:
+                found[name] = measure
+            elif other.step == measure.step:
+                ratios = [m for m in (other.second, measure.second) if m is not None]
+                pairs = [m for m in (other.moves, measure.moves) if m is not None]
+                found[name] = dataclasses.replace(
+                    measure,
+                    diff=measure.diff + other.diff,
+                    ref=measure.ref + other.ref,
+                    second=sum(ratios) / len(ratios) if ratios else None,
+                    moves=(sum(p[0] for p in pairs), sum(p[1] for p in pairs)) if pairs else None,
+                )
+        return found
+
+    def forget(self, branch: str | None, sample: int) -> None:
+        """Drop what is older than this step of a row; of all branches where `branch` is None."""
+
+        def old(key: Key, step: int) -> bool:
+            mine = key[1] == sample and (branch is None or key[0] in (None, branch))
+            return mine and step != self.step
+
+        self.slots = {k: v for k, v in self.slots.items() if not old(k, v.step)}
+        self.signals = {k: v for k, v in self.signals.items() if not old(k, v.step)}
+        self.states.pop((branch, sample), None)
+        self.told.pop((branch, sample), None)
 
     @property
     def all_branches_called(self) -> bool:
@@ -358,5 +398,6 @@ class Observation:
         if self.before is None:
             return dataclasses.replace(UNMEASURED, step=self.step)
         diff, ref, *moves = self.sums.row(self.index)
-        second = moves[0] / moves[1] if moves and moves[1] > 0 else None
-        return Measure(diff, ref, self.step, max(self.step - self.before, 1), second)
+        pair = (moves[0], moves[1]) if moves and moves[1] > 0 else None
+        second = pair[0] / pair[1] if pair is not None else None
+        return Measure(diff, ref, self.step, max(self.step - self.before, 1), second, pair)

@@ -11,7 +11,8 @@ from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Kind, layout_of, place_of
 from cachepass.passes import MarkBoundaries
 from tests.graphs import capture
-from tests.models import TINY, TOY, WAN, Tiny, ToyDiT
+from tests.models import TINY, TOY, WAN, Tiny
+from tests.toys.dit import ToyDiT
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 

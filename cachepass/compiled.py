@@ -167,7 +167,6 @@ class CachedModule(OptimizedModule):
             if not self._recordings:
                 return super().__call__(*args, **kwargs)
         except capture.FAILURES:
-            hooks.refuse_layers(self._orig_mod)
             recording = None
             with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
                 recording = record(self.shadow.module, args, kwargs)
@@ -178,6 +177,7 @@ class CachedModule(OptimizedModule):
                 with capture.logging_ignored():
                     return super().__call__(*args, **kwargs)
             except capture.FAILURES:
+                hooks.refuse_layers(self._orig_mod)
                 if recording is None:
                     raise
         except BackendCompilerFailed as error:

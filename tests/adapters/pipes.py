@@ -6,104 +6,29 @@ latents, so that only what reads an image has an autoencoder.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor, nn
 
-from tests.zoo import ZOO
-from tests.zoo.entry import stirred
-
-STEPS = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Pipe:
-    """A pipeline and its call."""
-
-    build: Callable[[], tuple[Any, dict[str, Any]]]
-    calls: tuple[str, ...] = ("cond", "uncond")
-    """Branches of each step, in order."""
-
-    requests: int = 1
-    """Of one generation."""
-
-    steps: int = STEPS
-    """Of each request."""
-
-    full: bool = False
-    """Whether it is for the full suite: slow, or much like another one."""
-
-    fails: str = ""
-    """Why its transformer cannot be captured yet."""
-
-    def make(self) -> tuple[Any, dict[str, Any]]:
-        """The same for each call."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            pipe, given = self.build()
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, {"num_inference_steps": STEPS, "output_type": "latent", **given}
-
-
-def generate(pipe: Any, given: dict[str, Any], seed: int = 0, **more: Any) -> Tensor:
-    """The latents that a pipeline makes."""
-    result = pipe(**given, generator=torch.Generator().manual_seed(seed), **more)
-    value = next(iter(result.values())) if isinstance(result, dict) else result[0]
-    if isinstance(value, list):  # framepack: what there was after each section
-        return torch.cat([part.flatten() for part in value])
-    assert isinstance(value, Tensor)
-    return value
-
-
-def model(name: str, **changes: Any) -> Any:
-    """The tiny model of a class, with another config if need be."""
-    made = ZOO[name].model()
-    return stirred(type(made).from_config(made.config, **changes)).eval() if changes else made
-
-
-def embeds(*shape: int) -> Tensor:
-    """A prompt."""
-    return torch.randn(1, *shape)
-
-
-def both(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """A prompt and a negative one, by argument."""
-    names = [
-        (prefix + name, shape) for prefix in ("", "negative_") for name, shape in shapes.items()
-    ]
-    return {
-        name: torch.ones(1, *shape, dtype=torch.int64) if "mask" in name else embeds(*shape)
-        for name, shape in names
-    }
-
-
-def picture(side: int = 64) -> Image.Image:
-    """An image to start from."""
-    return Image.new("RGB", (side, side), (200, 100, 50))
-
-
-FLOW = FlowMatchEulerDiscreteScheduler
-NO_TEXT: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
-NO_TEXTS: dict[str, Any] = {**NO_TEXT, "text_encoder_2": None, "tokenizer_2": None}
-SIZE = {"height": 64, "width": 64}
-VIDEO = {**SIZE, "num_frames": 5}
+from tests.adapters.driving import STEPS, Pipe
+from tests.adapters.parts import (
+    FLOW,
+    NO_TEXT,
+    NO_TEXTS,
+    SIZE,
+    VIDEO,
+    both,
+    embeds,
+    image_vae,
+    model,
+    picture,
+    wan_vae,
+)
 
 # ------------------------------------------------------------------------------------ Wan
-
-
-def wan_vae() -> nn.Module:
-    vae: nn.Module = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-    )  # fmt: skip
-    return vae.eval()
 
 
 def wan(scheduler: Any = None, **parts: Any) -> tuple[Any, dict[str, Any]]:
@@ -166,14 +91,6 @@ def _wan_animate() -> tuple[Any, dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------- Flux, SD3 and others
-
-
-def image_vae(channels: int) -> nn.Module:
-    vae: nn.Module = diffusers.AutoencoderKL(
-        block_out_channels=(4,), latent_channels=channels, norm_num_groups=1,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5,
-    )  # fmt: skip
-    return vae.eval()
 
 
 def _flux_prompt() -> dict[str, Any]:
@@ -414,6 +331,13 @@ def skyreels(kind: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
         ),
     )  # fmt: skip
     return pipe, {**VIDEO, **both(prompt_embeds=(5, 16)), "prompt": None, **more}
+
+
+def shapes(**options: Any) -> tuple[Any, dict[str, Any]]:
+    """A Wan pipeline and its call."""
+    pipe, given = wan(**options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**given, "num_inference_steps": STEPS, "output_type": "latent"}
 
 
 ONE = ("call0",)

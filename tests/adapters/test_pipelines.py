@@ -11,7 +11,8 @@ import torch
 
 import cachepass
 from cachepass.compiled import CachedModule
-from tests.adapters.pipes import PIPES, generate
+from tests.adapters.driving import generate, requests
+from tests.adapters.pipes import PIPES
 
 
 def _marks(name: str) -> list[pytest.MarkDecorator]:
@@ -36,11 +37,6 @@ class Count:
             return plain(scheduler, *args, **kwargs)
 
         monkeypatch.setattr(kind, "step", step)
-
-
-def requests(pipe: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = cachepass.report(pipe).to_dict()["requests"]
-    return found
 
 
 def graphs(pipe: Any) -> int:

@@ -31,9 +31,6 @@ class Pipe:
     full: bool = False
     """Whether it is for the full suite: slow, or much like another one."""
 
-    fails: str = ""
-    """Why its transformer cannot be captured yet."""
-
     def make(self) -> tuple[Any, dict[str, Any]]:
         """The same for each call."""
         with torch.random.fork_rng():

@@ -372,8 +372,8 @@ PIPES: dict[str, Pipe] = {
     "sana sprint": Pipe(_sana_sprint, calls=ONE),
     "latte": Pipe(_latte, calls=ONE, full=True),
     "allegro": Pipe(_allegro, calls=ONE, full=True),
-    "lumina2": Pipe(lumina2, calls=TWO, full=True, fails="chooses by its mask"),
-    "z-image": Pipe(_z_image, calls=ONE, full=True, fails="a context spans regions"),
+    "lumina2": Pipe(lumina2, calls=TWO, full=True),
+    "z-image": Pipe(_z_image, calls=ONE, full=True),
     "skyreels": Pipe(lambda: skyreels(diffusers.SkyReelsV2Pipeline), full=True),
     "skyreels forcing": Pipe(lambda: skyreels(diffusers.SkyReelsV2DiffusionForcingPipeline)),
 }

@@ -14,7 +14,6 @@ from cachepass.compiled import CachedModule
 from tests.adapters.driving import generate, requests
 from tests.adapters.pipes import PIPES
 
-
 PIPE = pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=[pytest.mark.full] if p.full else []) for n, p in PIPES.items()],

@@ -181,27 +181,6 @@ def _dit_inputs() -> dict[str, Any]:
     }
 
 
-def _dreamlite() -> nn.Module:
-    return stirred(diffusers.DreamLiteTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=32, num_layers=4,
-        norm_num_groups=4, cross_attention_dim=24, use_linear_projection=True,
-        qk_norm="rms_norm", num_kv_heads=1,
-    ))  # fmt: skip
-
-
-def _dreamlite_inputs() -> dict[str, Any]:
-    """As the UNet that it is a part of calls it; its blocks have no use for the timestep."""
-    return {
-        "hidden_states": torch.randn(1, 32, 4, 8),
-        "encoder_hidden_states": torch.randn(1, 6, 24),
-        "timestep": torch.tensor([900.0]),
-        "cross_attention_kwargs": None,
-        "attention_mask": None,
-        "encoder_attention_mask": _prompt(6),
-        "return_dict": False,
-    }
-
-
 def _ernie() -> nn.Module:
     return stirred(diffusers.ErnieImageTransformer2DModel(
         hidden_size=32, num_attention_heads=2, num_layers=4, ffn_hidden_size=48, in_channels=4,
@@ -379,9 +358,6 @@ ZOO: dict[str, Entry] = {
         build=_cogview4, inputs=_cogview4_inputs, main=("transformer_blocks",)
     ),
     "DiTTransformer2DModel": Entry(build=_dit, inputs=_dit_inputs, main=("transformer_blocks",)),
-    "DreamLiteTransformer2DModel": Entry(
-        build=_dreamlite, inputs=_dreamlite_inputs, main=("transformer_blocks",)
-    ),
     "ErnieImageTransformer2DModel": Entry(build=_ernie, inputs=_ernie_inputs, main=("layers",)),
     "FluxTransformer2DModel": Entry(
         build=TINY["flux"].build, inputs=TINY["flux"].inputs, main=_DOUBLE_SINGLE

@@ -36,8 +36,8 @@ def page(
         f"diffusers {importlib.metadata.version('diffusers')} has {len(classes)} transformers with "
         f"lists of blocks; its pipelines call {len(called)} of them in their denoising loops. Of "
         f"these, {len(checked)} were checked: {len(whole)} are captured whole with their main "
-        f"stacks found, and {len(right)} ({len(right) / max(len(checked), 1):.0%}) are right under every "
-        "policy of the table."
+        f"stacks found, and {len(right)} ({len(right) / max(len(checked), 1):.0%}) are right under "
+        "every policy of the table."
     )
     return "\n".join(
         [

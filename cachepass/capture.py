@@ -246,7 +246,7 @@ def _after(word: str, text: str) -> list[str]:
 
 def _line_of_user(text: str) -> str:
     """The innermost line outside of torch; where another file called it, that line, too."""
-    library = str(pathlib.Path(torch.__file__).parent)
+    library = str(pathlib.Path(inspect.getfile(torch)).parent)
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.+))?', text)
     own = [frame for frame in frames if not frame[0].startswith(library)]
     if not own:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from cachepass import capture
-from cachepass.errors import CaptureError, PolicyError
+from cachepass.errors import CachePassError, CaptureError
 from cachepass.ir.boundary import Layout, Sublayers, layout_of, place_of
 from cachepass.ir.graph import module_paths, value_of
 from cachepass.moe.shadow import Shadow
@@ -81,7 +81,7 @@ def explain(model: nn.Module, example_inputs: Mapping[str, Any]) -> Explanation:
     for name, site in SITES.items():
         try:
             put = run_passes(capture.own_graph(gm), default_pipeline((site,), ())).graph_module
-        except PolicyError as error:
+        except CachePassError as error:
             no_sites[name] = str(error)
             continue
         if isinstance(site, Sublayers):

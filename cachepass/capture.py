@@ -195,7 +195,7 @@ def explain_failure(error: Exception, model: str) -> CaptureError:
     said, _, code = text.partition("from user code:")
     reason = re.sub(r"\s*\(unhinted.*", "", said.split("\n")[0].strip()).rstrip(".")
     # Torch's advice on its own annotations: a model is rather changed than annotated.
-    reason = reason.removeprefix("Consider annotating your code using torch._check*(). ")
+    reason = re.sub(r"^Consider annotating your code using \S+ ", "", reason)
     explanation = _after("Explanation", said)[:1]
     about = " ".join([reason, *explanation])
     advice = next((do for pattern, do in _ADVICE if re.search(pattern, about)), None)

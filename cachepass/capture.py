@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from cachepass.errors import CaptureError
-from cachepass.ir.graph import module_paths
+from cachepass.ir.graph import called, module_paths
 from cachepass.record import record
 
 FAILURES = (Unsupported, UserError)
@@ -66,7 +66,7 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
 def _computation(graph: fx.Graph) -> int:
     """What is computed, whatever the sizes: one number for all captures of the same code."""
     nodes = [
-        (node.op, getattr(node.target, "__name__", str(node.target)), _constants(node))
+        (node.op, called(node), _constants(node))
         for node in graph.nodes
         if node.op.startswith("call") and isinstance(node.meta.get("example_value"), torch.Tensor)
     ]
@@ -75,8 +75,7 @@ def _computation(graph: fx.Graph) -> int:
 
 def _constants(node: fx.Node) -> tuple[Any, ...]:
     """Arguments that are neither tensors nor sizes: an int is one in arithmetic alone."""
-    name = getattr(node.target, "__name__", str(node.target))
-    kinds = (float, str, bool, int) if name in _ARITHMETIC else (float, str, bool)
+    kinds = (float, str, bool, int) if called(node) in _ARITHMETIC else (float, str, bool)
     return tuple(a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, kinds))
 
 
@@ -123,22 +122,25 @@ def capture_call(
             torch._dynamo.maybe_mark_dynamic(given[name], dimension)
     # Open is what was asked for, whatever sizes dynamo has seen before.
     fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
+    recorded: tuple[fx.GraphModule, tuple[Any, ...]] | None = None
     marked = "_is_torch_compile" in vars(model)
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
     try:
         with torch.no_grad(), fixed:
             try:
                 compiled(**given)
-            except FAILURES:  # tables that a first call builds are there in the second
-                model(**inputs)
-                compiled(**given)
+            except FAILURES:
+                with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
+                    recorded = recorded_call(model, inputs)
+                # That was a plain call: see `CachedModule`.
+                with logging_ignored():
+                    compiled(**given)
     except _Captured:
         return found[0]
     except FAILURES as error:
-        try:
-            return recorded_call(model, inputs)
-        except (CaptureError, RuntimeError):  # of tensors without values (meta), too
+        if recorded is None:
             raise explain_failure(error, type(model).__name__) from error
+        return recorded
     finally:
         if not marked:  # torch.compile leaves a flag on the user's module
             vars(model).pop("_is_torch_compile", None)

@@ -180,33 +180,35 @@ class CachedModule(OptimizedModule):
                 hooks.refuse_layers(self._orig_mod)
                 if recording is None:
                     raise
+                self._keep(recording, pytree.tree_leaves((args, dict(kwargs))))
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, capture.SizedByDataError):
                 raise
-        recording, program = self._recorded(args, kwargs)
-        leaves = pytree.tree_leaves((args, dict(kwargs)))
-        return recording.returned(program(*recording.arguments(leaves)))
+        return self._replayed(args, kwargs)
 
-    def _recorded(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Recording, Program]:
-        """A recording that holds for a call, made now if there is none."""
+    def _replayed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call by a recording that holds for it, made now if there is none."""
         model = self.shadow.module
         key, leaves = key_of(model, args, kwargs), pytree.tree_leaves((args, dict(kwargs)))
         with self.denoiser.lock:
-            for recording, program in self._recordings:
-                if recording.key == key and recording.holds(recording.arguments(leaves)):
-                    return recording, program
-            if len(self._recordings) == _MOST_CHOICES:
-                raise CaptureError(
-                    f"the model chose in {_MOST_CHOICES} ways so far, and was captured for each; "
-                    "now it chooses otherwise again. Let its forward choose by torch.where, or by "
-                    "a Python value that it is given"
-                )
-            recording = record(model, args, kwargs)
+            fitting = (pair for pair in self._recordings if pair[0].key == key)
+            found = next((p for p in fitting if p[0].holds(p[0].arguments(leaves))), None)
+            if found is None:
+                if len(self._recordings) == _MOST_CHOICES:
+                    raise CaptureError(
+                        f"the model chose in {_MOST_CHOICES} ways so far, and was captured for "
+                        "each; now it chooses otherwise again. Let its forward choose by "
+                        "torch.where, or by a Python value that it is given"
+                    )
+                found = self._keep(record(model, args, kwargs), leaves)
+        recording, program = found
+        return recording.returned(program(*recording.arguments(leaves)))
+
+    def _keep(self, recording: Recording, leaves: Sequence[Any]) -> tuple[Recording, Program]:
+        with self.denoiser.lock:
             program = self._backend(recording.gm, recording.arguments(leaves))
             self._recordings.append((recording, program))
-            return recording, program
+            return self._recordings[-1]
 
     def notes(self) -> Iterator[str]:
         """What a report should say of how the model was captured."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import inspect
 import operator
 import re
 import threading
@@ -103,29 +104,26 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         CaptureError: what was written down does not give what the call gave, or what is chosen by
             takes most of the call, or are floating values.
     """
-    leaves, _ = pytree.tree_flatten((args, dict(kwargs)))
-    paths = [_name(path) for path, _ in pytree.tree_leaves_with_path((args, dict(kwargs)))]
-    names = model.forward.__code__.co_varnames[1:] if hasattr(model.forward, "__code__") else ()
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    leaves = pytree.tree_leaves_with_path((args, dict(kwargs)))
     recorder = _Recorder(model)
-    for leaf, path in zip(leaves, paths, strict=True):
+    for path, leaf in leaves:
         if isinstance(leaf, Tensor):
-            recorder.take(leaf, names[path] if isinstance(path, int) else path)
+            recorder.take(leaf, _name(path, parameters))
     with torch.no_grad(), recorder.modules(), recorder:
         output = model(*args, **kwargs)
     if recorder.left:
         raise CaptureError("a tensor leaves torch in the forward, to numpy or as floating values")
     recording = recorder.finish(output, key_of(model, args, kwargs))
-    _check(recording, leaves, output, type(model).__name__)
+    _check(recording, [leaf for _, leaf in leaves], output, type(model).__name__)
     return recording
 
 
-def _name(path: Any) -> str | int:
-    """The argument of a path into ``(args, kwargs)``: a position or a name, with what is inside."""
+def _name(path: Any, parameters: Sequence[str]) -> str:
+    """The argument of a path into ``(args, kwargs)``, with what is inside of it."""
     (_, first, *inside) = path
-    if isinstance(first, pytree.SequenceKey) and not inside:
-        return first.idx
-    rest = pytree.keystr(tuple(inside))
-    return f"{getattr(first, 'key', getattr(first, 'idx', ''))}{rest}"
+    name = parameters[first.idx] if isinstance(first, pytree.SequenceKey) else first.key
+    return f"{name}{pytree.keystr(tuple(inside))}"
 
 
 def _check(recording: Recording, leaves: Sequence[Any], output: Any, name: str) -> None:

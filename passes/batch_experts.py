@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import call_target, module_paths, value_of
+from cachepass.ir.graph import call_target, called, module_paths, value_of
 from cachepass.moe.grouped import combine, grouped_linear, route
 from cachepass.pass_manager import PassResult
 
@@ -51,11 +51,11 @@ class BatchExperts:
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         if isinstance(gm.meta.get("layout"), Layout):
-            if any(_called(n) == "topk" for n in gm.graph.nodes):
+            if any(called(n) == "topk" for n in gm.graph.nodes):
                 raise LookupError("the graph is marked already: run BatchExperts first")
             return PassResult(gm, modified=False)
         modified = False
-        for topk in [n for n in gm.graph.nodes if _called(n) == "topk"]:
+        for topk in [n for n in gm.graph.nodes if called(n) == "topk"]:
             picks = {user.args[1]: user for user in topk.users if user.target is operator.getitem}
             for total in _totals(gm.graph):
                 found = _experts_of(total) if 1 in picks and total.users else None
@@ -75,13 +75,6 @@ class _Sum:
     x: fx.Node
     shares: Sequence[fx.Node]
     bodies: Sequence[Sequence[fx.Node]]
-
-
-def _called(node: fx.Node) -> str:
-    """The bare name of what a node calls."""
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _is_one_of(node: Any, targets: frozenset[Any]) -> bool:
@@ -119,7 +112,7 @@ def _experts_of(total: fx.Node) -> _Sum | None:
     if last is not None:
         terms.append(last)
     elif isinstance(node, fx.Node):
-        zeros = _called(node) in _ZEROS
+        zeros = called(node) in _ZEROS
         if in_place and not (zeros and len(node.users) == 1):
             return None  # somebody else sees this memory
         base = None if zeros else node
@@ -203,18 +196,18 @@ def _shape_of_body(body: Sequence[fx.Node], sources: Collection[fx.Node]) -> str
 
 
 def _by_row(node: fx.Node) -> bool:
-    if _called(node) == "linear":
+    if called(node) == "linear":
         weights = node.args[1:]
         return not node.kwargs and all(
             w is None or (isinstance(w, fx.Node) and w.meta.get("weight")) for w in weights
         )
-    if _called(node) == "chunk":
+    if called(node) == "chunk":
         return bool(node.kwargs.get("dim", node.args[-1]) == -1)
     source = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, fx.Node):
-        return _called(source) == "chunk"
+        return called(source) == "chunk"
     plain = not any(n.meta.get("weight") for n in node.all_input_nodes)
-    return plain and _called(node) in _ROW_BY_ROW
+    return plain and called(node) in _ROW_BY_ROW
 
 
 # ---------------------------------------------------------------------------- case 2
@@ -292,7 +285,7 @@ def _rewrite(graph: fx.Graph, found: _Sum, index: fx.Node) -> None:
         tokens = emit("reshape", found.x, -1, value_of(found.x).shape[-1])
         copies: dict[Any, fx.Node] = {}
         for position, node in enumerate(found.bodies[0]):
-            if _called(node) == "linear":
+            if called(node) == "linear":
                 direct = node.args[0] is found.x
                 twins = [body[position] for body in found.bodies]
                 biased = len(node.args) > 2 and node.args[2] is not None

@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Layout, Place, place_of
-from cachepass.ir.graph import CONTEXTS, module_paths, mutated, value_of
+from cachepass.ir.graph import CONTEXTS, called, module_paths, mutated, value_of
 from cachepass.ir.sublayers import attention_key, find_sublayers, ndim
 from cachepass.pass_manager import PassResult
 
@@ -181,7 +181,7 @@ def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
     """The two ends of a context and what stands between them belong to one block."""
     entered: list[list[fx.Node]] = []
     for node in nodes:
-        name = getattr(node.target, "__name__", "")
+        name = called(node)
         if name in CONTEXTS:
             entered.append([])
         for inside in entered:
@@ -200,7 +200,7 @@ def _leave_out_shares(
 ) -> None:
     """See case 6."""
     for node in graph.nodes:
-        if place_of(node) is None or getattr(node.target, "__name__", node.target) not in _SPLITS:
+        if place_of(node) is None or called(node) not in _SPLITS:
             continue
         source, parts = node.all_input_nodes[0], list(node.users)
         enters = place_of(source) != place_of(node) and layout.latent in roots[source]

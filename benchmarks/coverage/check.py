@@ -44,6 +44,9 @@ POLICIES: dict[str, NamedPolicy] = {
     "dbcache": cachepass.DBCache(front=1, threshold=1e9, warmup_steps=2),
 }
 
+LOWERED = cachepass.Schedule(reuse={1: "step", 3: "block"})
+"""What every lowering is asked for."""
+
 
 def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
     """Everything that the table says of a class.
@@ -61,12 +64,14 @@ def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
     found = {stack["name"]: stack["blocks"] for stack in told["stacks"]}
     model = entry.model()
     told["main"] = all(found.get(name) == len(getattr(model, name)) for name in entry.main)
+    stacks, batched = list(found), bool(told["notes"])
     told["policies"] = {
-        name: _policy(entry, policy, list(found), batched=bool(told["notes"]))
-        for name, policy in POLICIES.items()
+        name: _policy(entry, policy, stacks, batched=batched) for name, policy in POLICIES.items()
     }
     told["lowerings"] = {
-        f"{lowering}, {inner}": _lowered(entry, lowering, inner)
+        f"{lowering}, {inner}": _reason_of(
+            _policy(entry, LOWERED, stacks, batched=batched, lowering=lowering, inner=inner)
+        )
         for lowering in ("regions", "graph")
         for inner in ("eager", *(["inductor"] if compiled else []))
     }
@@ -74,17 +79,24 @@ def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
 
 
 def _policy(
-    entry: Entry, policy: NamedPolicy, stacks: Sequence[str], *, batched: bool
+    entry: Entry,
+    policy: NamedPolicy,
+    stacks: Sequence[str],
+    *,
+    batched: bool,
+    lowering: Any = "regions",
+    inner: Any = "eager",
 ) -> dict[str, Any]:
     """A guided request against its replay: whether each call is equal, and what was reused.
 
     `batched` where experts run as one, which add up in another order than their loop.
     """
-    model, cached = entry.model(), _compiled(entry, policy, "regions", "eager")
+    model = entry.model()
+    cached: Any = cachepass.compile(entry.model(), policy=policy, lowering=lowering, inner=inner)
     try:
-        outputs, calls = record(cached, _given(entry, STEPS), steps=STEPS)
+        outputs, calls = record(cached, _given(entry), steps=STEPS)
         before = cachepass.report(cached).to_dict()["compiles"]["graphs"]
-        again, _ = record(cached, _given(entry, STEPS), steps=STEPS)
+        again, _ = record(cached, _given(entry), steps=STEPS)
     except Exception as error:
         return {"error": _reason(error)}
     expected = Replay(model, stacks, cached.denoiser.policy.sites).run(calls)
@@ -101,31 +113,20 @@ def _policy(
     }  # fmt: skip
 
 
-def _lowered(entry: Entry, lowering: Any, inner: Any) -> str:
-    """Empty if some calls under `schedule` are what the plain lowering makes of them."""
-    policy = cachepass.Schedule(reuse={1: "step", 3: "block"})
-    try:
-        expected, calls = record(
-            _compiled(entry, policy, "regions", "eager"), _given(entry, 4), steps=4
-        )
-        found, same = record(_compiled(entry, policy, lowering, inner), _given(entry, 4), steps=4)
-    except Exception as error:
-        return _reason(error)
-    if [call.reused for call in same] != [call.reused for call in calls]:
+def _reason_of(result: dict[str, Any]) -> str:
+    """Why a lowering does not work; empty if it does."""
+    if "error" in result:
+        return str(result["error"])
+    if result["reused"] != len(LOWERED.reuse) * len(BRANCHES):
         return "decides differently"
-    worst = max(map(_distance, found, expected))
-    return "" if worst < NEAR else f"differs by {worst:.1e}"
+    return "" if result["exact"] else f"differs by {result['distance']:.1e}"
 
 
-def _compiled(entry: Entry, policy: NamedPolicy, lowering: Any, inner: Any) -> Any:
-    return cachepass.compile(entry.model(), policy=policy, lowering=lowering, inner=inner)
-
-
-def _given(entry: Entry, steps: int) -> list[tuple[int, str, dict[str, Any]]]:
+def _given(entry: Entry) -> list[tuple[int, str, dict[str, Any]]]:
     """The calls of a guided request."""
     return [
         (step, branch, entry.call(step, STEPS, seed=1 + BRANCHES.index(branch)))
-        for step in range(steps)
+        for step in range(STEPS)
         for branch in BRANCHES
     ]
 

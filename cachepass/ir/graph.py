@@ -280,6 +280,13 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+def called(node: fx.Node) -> str:
+    """The bare name of the function or method that a node calls; empty if it calls none."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def call_target(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What a node's function, or the method of that name, returns."""
     if isinstance(target, str):

@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, place_of
-from cachepass.ir.graph import is_item, walk
+from cachepass.ir.graph import called, is_item, walk
 
 _SHORT = {
     torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
@@ -89,12 +89,7 @@ def _line(node: fx.Node, names: Names) -> str:
     values = node.args[1:] if node.target in ops.FRAME_OPS else node.args
     keywords = (f"{k}={', '.join(_flat(v, names))}" for k, v in node.kwargs.items())
     shown = [*_flat(values, names), *keywords]
-    target = (
-        node.target
-        if isinstance(node.target, str)
-        else getattr(node.target, "__name__", str(node.target))
-    )
-    call = f"{target}({', '.join(shown)})"
+    call = f"{called(node)}({', '.join(shown)})"
     return call if node.target in ops.EFFECTS else f"{_name(node)}{_type(node)} = {call}"
 
 

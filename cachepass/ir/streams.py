@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, fx
 
 from cachepass.ir import ops
-from cachepass.ir.graph import is_item, same_shape
+from cachepass.ir.graph import called, is_item, same_shape
 
 Ways = dict[fx.Node, int]
 """From where a value is reached over sums alone, and over how many at most."""
@@ -81,7 +81,7 @@ def _through(gm: fx.GraphModule, call: fx.Node, ways: dict[fx.Node, Ways]) -> li
 
 def _terms(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """What a node goes on from, and 1 where it adds to it."""
-    name = getattr(node.target, "__name__", node.target)
+    name = called(node)
     first = node.args[0] if node.args else None
     if name in _SUMS:
         terms = [(n, 1) for n in node.all_input_nodes]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from cachepass.ir.boundary import Kind, Sublayer, place_of
-from cachepass.ir.graph import module_paths, mutated, same_shape, value_of
+from cachepass.ir.graph import called, module_paths, mutated, same_shape, value_of
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
 _ATTENTION = frozenset(
@@ -81,7 +81,7 @@ def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
 
 def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether several streams enter the block here, as one."""
-    name = getattr(node.target, "__name__", node.target)
+    name = called(node)
     return name in ("cat", "concat") and not inside & set(node.all_input_nodes)
 
 
@@ -101,7 +101,7 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
     like = value_of(output)
 
     def terms(node: fx.Node) -> list[fx.Node]:
-        name = getattr(node.target, "__name__", node.target)
+        name = called(node)
         if name != "add" or len(node.all_input_nodes) != 2:
             return []
         return [n for n in node.all_input_nodes if ndim(n) == 3 and same_shape(value_of(n), like)]
@@ -189,7 +189,7 @@ def attention_key(node: fx.Node) -> fx.Node | None:
 
     Attention that is written out, with or without a softmax, shows as a product of activations.
     """
-    name = _called(node)
+    name = called(node)
     if name in _ATTENTION:
         key = node.kwargs["key"] if "key" in node.kwargs else node.args[1]
         return key if isinstance(key, fx.Node) else None
@@ -197,10 +197,6 @@ def attention_key(node: fx.Node) -> fx.Node | None:
     if name not in _PRODUCTS or len(operands) < 2 or any(o.meta.get("weight") for o in operands):
         return None
     return operands[-1] if min(ndim(o) for o in operands) >= 3 else None
-
-
-def _called(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _attention_in(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -230,7 +226,7 @@ def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
     (batch, heads, tokens, tokens). Where frames or places are folded into the batch, it is larger
     than the latent's.
     """
-    of = attention_key(call) if _called(call) in _ATTENTION else call
+    of = attention_key(call) if called(call) in _ATTENTION else call
     assert of is not None
     value = value_of(of)
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or latent.ndim != 5:

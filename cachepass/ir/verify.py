@@ -10,7 +10,7 @@ from torch import fx
 from cachepass.errors import VerifyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import CONTEXTS, mutated, walk
+from cachepass.ir.graph import CONTEXTS, called, mutated, walk
 
 _RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
                      torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip
@@ -162,8 +162,7 @@ def _check_region(region: fx.GraphModule, name: str) -> None:
                 f"region {name!r} writes to its argument {base.name!r} ({node.name}): the "
                 "memory is shared with another region"
             )
-        called = getattr(node.target, "__name__", "")
-        open_contexts += (called in CONTEXTS) - (called in CONTEXTS.values())
+        open_contexts += (called(node) in CONTEXTS) - (called(node) in CONTEXTS.values())
     if open_contexts:
         raise VerifyError(f"region {name!r} opens or closes a context without its other half")
 
@@ -176,8 +175,7 @@ _VIEWS = frozenset({"view", "reshape", "transpose", "permute", "unflatten", "fla
 def _base(node: fx.Node) -> fx.Node:
     """Where a chain of views starts."""
     while node.args and isinstance(node.args[0], fx.Node):
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name not in _VIEWS and name != "getitem":
+        if called(node) not in _VIEWS and called(node) != "getitem":
             break
         node = node.args[0]
     return node

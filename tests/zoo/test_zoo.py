@@ -10,7 +10,7 @@ from benchmarks.coverage.loops import called_in_loops, transformer_classes
 from benchmarks.coverage.page import POLICIES
 from tests.zoo import ZOO
 
-# One each of: data-dependent capture, experts, audio and video at once, latents in a list.
+# One each of: recorded as it chooses by data, video and sound at once, latents in a list.
 QUICK = (
     "HunyuanVideo15Transformer3DModel", "LTX2VideoTransformer3DModel", "ZImageTransformer2DModel",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from cachepass.arguments import values_of
 from cachepass.errors import CaptureError
 from cachepass.ir.graph import called, module_paths
 from cachepass.record import record
@@ -130,14 +131,14 @@ def capture_call(
             try:
                 compiled(**given)
             except FAILURES:
-                with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
-                    recorded = recorded_call(model, inputs)
+                recorded = _recorded_unless_it_fails(model, inputs)
                 # That was a plain call: see `CachedModule`.
                 with logging_ignored():
                     compiled(**given)
     except _Captured:
         return found[0]
     except FAILURES as error:
+        recorded = recorded or _recorded_unless_it_fails(model, inputs)
         if recorded is None:
             raise explain_failure(error, type(model).__name__) from error
         return recorded
@@ -153,7 +154,15 @@ def recorded_call(
     """As `capture_call`, of a call that is made: all sizes are known (see `cachepass.record`)."""
     recording = record(model, (), inputs)
     gm = own_graph(recording.gm, tuple(inspect.signature(model.forward).parameters))
-    return gm, tuple(recording.arguments(pytree.tree_leaves(((), dict(inputs)))))
+    return gm, tuple(recording.arguments(values_of(model, (), inputs)))
+
+
+def _recorded_unless_it_fails(
+    model: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
+    with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
+        return recorded_call(model, inputs)
+    return None
 
 
 def sized_by_data(gm: fx.GraphModule) -> bool:

@@ -21,12 +21,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cachepass import capture
 from cachepass.adapters import hooks
+from cachepass.arguments import Value, key_of, values_of
 from cachepass.backend import Inner, backend_of
 from cachepass.errors import CachePassError, CaptureError
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler
 from cachepass.moe.shadow import Shadow
-from cachepass.record import Recording, key_of, record
+from cachepass.record import Recording, record
 from cachepass.runtime.batch import in_front
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint
 from cachepass.runtime.guidance import (
@@ -167,9 +168,7 @@ class CachedModule(OptimizedModule):
             if not self._recordings:
                 return super().__call__(*args, **kwargs)
         except capture.FAILURES:
-            recording = None
-            with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
-                recording = record(self.shadow.module, args, kwargs)
+            recording = self._recorded(args, kwargs)
             # That was a plain call. Some models build tables (of rotary frequencies) in their
             # first one, by code that cannot be captured, and find them there in the second.
             # So do hooks on modules. What is logged is left out of the graph.
@@ -178,21 +177,29 @@ class CachedModule(OptimizedModule):
                     return super().__call__(*args, **kwargs)
             except capture.FAILURES:
                 hooks.refuse_layers(self._orig_mod)
+                recording = recording or self._recorded(args, kwargs)
                 if recording is None:
                     raise
-                self._keep(recording, pytree.tree_leaves((args, dict(kwargs))))
+                self._keep(recording, values_of(self.shadow.module, args, kwargs))
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, capture.SizedByDataError):
                 raise
         return self._replayed(args, kwargs)
 
+    def _recorded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording | None:
+        """A recording; None where that fails, as dynamo's error has a reason and a line."""
+        with contextlib.suppress(Exception):
+            return record(self.shadow.module, args, kwargs)
+        return None
+
     def _replayed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call by a recording that holds for it, made now if there is none."""
         model = self.shadow.module
-        key, leaves = key_of(model, args, kwargs), pytree.tree_leaves((args, dict(kwargs)))
+        values = values_of(model, args, kwargs)
+        key = key_of(model, values)
         with self.denoiser.lock:
             fitting = (pair for pair in self._recordings if pair[0].key == key)
-            found = next((p for p in fitting if p[0].holds(p[0].arguments(leaves))), None)
+            found = next((p for p in fitting if p[0].holds(p[0].arguments(values))), None)
             if found is None:
                 if len(self._recordings) == _MOST_CHOICES:
                     raise CaptureError(
@@ -200,13 +207,13 @@ class CachedModule(OptimizedModule):
                         "each; now it chooses otherwise again. Let its forward choose by "
                         "torch.where, or by a Python value that it is given"
                     )
-                found = self._keep(record(model, args, kwargs), leaves)
+                found = self._keep(record(model, args, kwargs), values)
         recording, program = found
-        return recording.returned(program(*recording.arguments(leaves)))
+        return recording.returned(program(*recording.arguments(values)), values)
 
-    def _keep(self, recording: Recording, leaves: Sequence[Any]) -> tuple[Recording, Program]:
+    def _keep(self, recording: Recording, values: Sequence[Value]) -> tuple[Recording, Program]:
         with self.denoiser.lock:
-            program = self._backend(recording.gm, recording.arguments(leaves))
+            program = self._backend(recording.gm, recording.arguments(values))
             self._recordings.append((recording, program))
             return self._recordings[-1]
 

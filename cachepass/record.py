@@ -14,21 +14,25 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import inspect
 import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.nn.attention import flex_attention
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cachepass.arguments import Value, key_of, tensors_of, values_of
 from cachepass.errors import CaptureError
+from cachepass.ir import ops
 
 _ASKS = frozenset({
     "__bool__", "__int__", "__float__", "__index__", "item", "tolist", "is_nonzero", "equal",
@@ -37,8 +41,6 @@ _ASKS = frozenset({
 """What hands a tensor's values to Python."""
 
 _LEAVES = frozenset({"numpy", "__array__", "__repr__", "__format__"})
-
-_SIZED_BY_DATA = frozenset({"nonzero", "masked_select", "unique", "argwhere", "unique_consecutive"})
 
 _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "__getitem__": operator.getitem, "__setitem__": operator.setitem,
@@ -54,14 +56,16 @@ class Recording:
     """A call as a graph, and when it is that of another call."""
 
     gm: fx.GraphModule
-    """Takes the call's tensors and the model's weights, returns the tensors of its output."""
+    """Takes the call's tensors, then `fixed`; returns those of its output, then the stored."""
 
     key: object
     """What has to be equal: kinds and shapes of arguments, the modules."""
 
-    weights: Sequence[tuple[nn.Module, str]]
+    fixed: Sequence[tuple[nn.Module, str] | Tensor]
+    """Weights, by their modules, and tensors that the model kept elsewhere."""
+
     conditions: fx.GraphModule
-    """From the call's tensors (and the weights) to what Python asked about."""
+    """From what the graph takes to what Python asked about."""
 
     answers: Sequence[tuple[Callable[[Any], Any], Any]]
     """How each was asked, and what came out."""
@@ -69,10 +73,13 @@ class Recording:
     output: tuple[list[Any], pytree.TreeSpec]
     """The leaves of the output, None for tensors."""
 
-    def arguments(self, given: Sequence[Any]) -> list[Any]:
+    stored: Sequence[tuple[int, Any]]
+    """What the call left in objects that it was given: which value, and what; None for tensors."""
+
+    def arguments(self, values: Sequence[Value]) -> list[Any]:
         """What the graph is called with."""
-        tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
-        return [*tensors, *(getattr(owner, name) for owner, name in self.weights)]
+        fixed = (x if isinstance(x, Tensor) else getattr(*x) for x in self.fixed)
+        return [*tensors_of(values), *fixed]
 
     def holds(self, arguments: Sequence[Any]) -> bool:
         """Whether Python would be told the same of these arguments."""
@@ -80,21 +87,16 @@ class Recording:
         pairs = zip(self.answers, found, strict=True)
         return all(ask(value) == answer for (ask, answer), value in pairs)
 
-    def returned(self, tensors: Sequence[Tensor]) -> Any:
-        """The output of the model, from that of the graph."""
+    def returned(self, tensors: Sequence[Tensor], values: Sequence[Value]) -> Any:
+        """The output of the model, from that of the graph; what it stores is stored."""
         leaves, spec = self.output
         made = iter(tensors)
-        return pytree.tree_unflatten([next(made) if x is None else x for x in leaves], spec)
-
-
-def key_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
-    """Equal for calls that one recording may serve."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    facts = tuple(
-        (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else repr(x)
-        for x in leaves
-    )
-    return facts, str(spec), tuple(id(m) for m in model.modules())
+        output = pytree.tree_unflatten([next(made) if x is None else x for x in leaves], spec)
+        for index, what in self.stored:
+            put = values[index].put
+            assert put is not None
+            put(next(made) if what is None else what)
+        return output
 
 
 def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
@@ -104,31 +106,50 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         CaptureError: what was written down does not give what the call gave, or what is chosen by
             takes most of the call, or are floating values.
     """
-    parameters = tuple(inspect.signature(model.forward).parameters)
-    leaves = pytree.tree_leaves_with_path((args, dict(kwargs)))
+    before = values_of(model, args, kwargs)
     recorder = _Recorder(model)
-    for path, leaf in leaves:
-        if isinstance(leaf, Tensor):
-            recorder.take(leaf, _name(path, parameters))
-    with torch.no_grad(), recorder.modules(), recorder:
+    for given in before:
+        if isinstance(given.value, Tensor):
+            recorder.take(given.value, given.name)
+    with torch.no_grad(), _flex_attention_as_it_is(), recorder.modules(), recorder:
         output = model(*args, **kwargs)
     if recorder.left:
-        raise CaptureError("a tensor leaves torch in the forward, to numpy or as floating values")
-    recording = recorder.finish(output, key_of(model, args, kwargs))
-    _check(recording, [leaf for _, leaf in leaves], output, type(model).__name__)
+        raise CaptureError(
+            "a tensor leaves torch in the forward, to numpy, to vmap or as floating values"
+        )
+    stored = _stored(before, values_of(model, args, kwargs))
+    recording = recorder.finish(output, stored, key_of(model, before))
+    _check(recording, before, output, type(model).__name__)
     return recording
 
 
-def _name(path: Any, parameters: Sequence[str]) -> str:
-    """The argument of a path into ``(args, kwargs)``, with what is inside of it."""
-    (_, first, *inside) = path
-    name = parameters[first.idx] if isinstance(first, pytree.SequenceKey) else first.key
-    return f"{name}{pytree.keystr(tuple(inside))}"
+def _stored(before: Sequence[Value], after: Sequence[Value]) -> list[tuple[int, Any]]:
+    """What a call left in objects: which of the values is which one now."""
+    if [v.name for v in before] != [v.name for v in after]:
+        raise CaptureError("the forward changes how an object is built that it is given")
+    found = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old.value is not new.value:
+            if old.put is None:
+                raise CaptureError(f"the forward changes {old.name}, which is given to it")
+            found.append((index, new.value))
+    return found
 
 
-def _check(recording: Recording, leaves: Sequence[Any], output: Any, name: str) -> None:
+@contextlib.contextmanager
+def _flex_attention_as_it_is() -> Iterator[None]:
+    """Without a compiler of its own, which would capture the recorder, too."""
+    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        yield
+    finally:
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def _check(recording: Recording, given: Sequence[Value], output: Any, name: str) -> None:
     """The graph has to give what the call gave, bit by bit."""
-    arguments = recording.arguments(leaves)
+    arguments = recording.arguments(given)
     with torch.no_grad():
         same = recording.holds(arguments)
         found = recording.gm(*arguments) if same else ()
@@ -150,8 +171,8 @@ class _Recorder(TorchFunctionMode):
         """By the identity of the tensors, which `kept` keeps alive."""
         self.kept: list[Any] = []
         self.conditions: list[tuple[fx.Node, Callable[[Any], Any], Any]] = []
-        self.constants: dict[str, Tensor] = {}
-        self.weights: list[tuple[nn.Module, str]] = []
+        self.fixed: list[tuple[nn.Module, str] | Tensor] = []
+        self.functions: dict[str, FunctionType] = {}
         self.stack: list[tuple[str, str]] = []
         self.left = False
         """Whether values went where nothing is written down."""
@@ -184,18 +205,14 @@ class _Recorder(TorchFunctionMode):
     def _node_of(self, value: Tensor) -> fx.Node:
         if id(value) in self.nodes:
             return self.nodes[id(value)]
-        owner = self._owners.get(id(value))
-        if owner is None:  # made by something that is no call of torch
-            name = f"constant_{len(self.constants)}"
-            self.constants[name] = value
-            node = self.graph.get_attr(name)
-            self._remember(value, node)
-            return node
-        module, name = owner
-        node = self._placeholder(value, f"{self._paths[id(module)]}.{name}".lstrip("."))
+        self.left |= torch._C._functorch.is_functorch_wrapped_tensor(value)  # inside of a vmap
+        name, fixed = f"constant_{len(self.fixed)}", self._owners.get(id(value), value)
+        if isinstance(fixed, tuple):
+            name = f"{self._paths[id(fixed[0])]}.{fixed[1]}".lstrip(".")
+        node = self._placeholder(value, name)
         # How dynamo marks what stays from call to call.
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "guarded"}
-        self.weights.append(owner)
+        self.fixed.append(fixed)
         return node
 
     # ------------------------------------------------------------- operations
@@ -245,13 +262,24 @@ class _Recorder(TorchFunctionMode):
         else:
             node = self.graph.call_function(func, tuple(arguments), keywords)
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self.stack}
-        sized = name in _SIZED_BY_DATA or (
-            name == "__getitem__"
-            and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in _flat(args[1]))
-        )
-        self._remember(result, node)
-        if sized and isinstance(result, Tensor):
-            self.conditions.append((node, _shape, tuple(result.shape)))
+        self._remember(result, node, sized=self._sized_by_data(func, args, kwargs))
+
+    def _sized_by_data(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the shape of a result depends on more than shapes."""
+
+        def fake(value: Any) -> Any:
+            return (
+                self._node_of(value).meta["example_value"] if isinstance(value, Tensor) else value
+            )
+
+        with torch._C.DisableTorchFunction(), self._fakes, torch.no_grad():
+            try:
+                func(*pytree.tree_map(fake, args), **pytree.tree_map(fake, dict(kwargs)))
+            except DynamicOutputShapeException:
+                return True
+            except Exception:  # what fakes cannot do else
+                return False
+        return False
 
     def _operand(self, value: Any) -> Any:
         """What stands for a value in the graph."""
@@ -259,6 +287,10 @@ class _Recorder(TorchFunctionMode):
             return self._node_of(value)
         if isinstance(value, slice):
             return slice(*map(self._bound, (value.start, value.stop, value.step)))
+        if isinstance(value, FunctionType):  # how flex attention is told of masks and scores
+            name = f"function_{len(self.functions)}"
+            self.functions[name] = value
+            return self.graph.get_attr(name)
         return value
 
     def _bound(self, value: Any) -> Any:
@@ -268,8 +300,13 @@ class _Recorder(TorchFunctionMode):
         self.conditions.append((self._node_of(value), int, int(value)))
         return int(value)
 
-    def _remember(self, value: Any, node: fx.Node) -> None:
+    def _remember(self, value: Any, node: fx.Node, *, sized: bool = False) -> None:
         if isinstance(value, Tensor):
+            if sized:  # from here on it has the size that it has now
+                self.conditions.append((node, _shape, tuple(value.shape)))
+                stack = node.meta["nn_module_stack"]
+                node = self.graph.call_function(ops.of_shape, (node, tuple(value.shape)))
+                node.meta["nn_module_stack"] = stack
             self.kept.append(value)
             with torch._C.DisableTorchFunction(), self._fakes:
                 node.meta["example_value"] = torch.empty_strided(
@@ -283,8 +320,8 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(part, Tensor):
                     item = self.graph.call_function(operator.getitem, (node, i))
                     item.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-                    self._remember(part, item)
-                    parts.append(item.meta["example_value"])
+                    self._remember(part, item, sized=sized)
+                    parts.append(self.nodes[id(part)].meta["example_value"])
             node.meta["example_value"] = tuple(parts)
 
     @contextlib.contextmanager
@@ -309,12 +346,10 @@ class _Recorder(TorchFunctionMode):
 
     # ----------------------------------------------------------------- result
 
-    def finish(self, output: Any, key: object) -> Recording:
+    def finish(self, output: Any, stored: Sequence[tuple[int, Any]], key: object) -> Recording:
         leaves, spec = pytree.tree_flatten(output)
-        returned = tuple(self._node_of(x) for x in leaves if isinstance(x, Tensor))
-        root = nn.Module()
-        for name, value in self.constants.items():
-            root.register_buffer(name, value)
+        left = [*leaves, *(value for _, value in stored)]
+        returned = tuple(self._node_of(x) for x in left if isinstance(x, Tensor))
         conditions = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         asked = {node for node, _, _ in self.conditions}
@@ -330,12 +365,13 @@ class _Recorder(TorchFunctionMode):
         for node in list(self.graph.find_nodes(op="call_function", target=_pair)):
             self.graph.erase_node(node)
         return Recording(
-            gm=fx.GraphModule(root, self.graph),
+            gm=fx.GraphModule(self.functions, self.graph),
             key=key,
-            weights=self.weights,
-            conditions=fx.GraphModule(root, conditions),
+            fixed=self.fixed,
+            conditions=fx.GraphModule(self.functions, conditions),
             answers=[(ask, answer) for _, ask, answer in self.conditions],
-            output=([None if isinstance(x, Tensor) else x for x in leaves], spec),
+            output=(list(map(_unless_tensor, leaves)), spec),
+            stored=[(index, _unless_tensor(value)) for index, value in stored],
         )
 
 
@@ -366,5 +402,5 @@ def _shape(value: Tensor) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
-def _flat(index: Any) -> Sequence[Any]:
-    return index if isinstance(index, tuple) else (index,)
+def _unless_tensor(value: Any) -> Any:
+    return None if isinstance(value, Tensor) else value

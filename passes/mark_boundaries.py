@@ -179,15 +179,16 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
 
 def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
     """The two ends of a context and what stands between them belong to one block."""
-    entered: list[list[fx.Node]] = []
+    entered: list[tuple[str, list[fx.Node]]] = []
     for node in nodes:
         name = called(node)
-        if name in CONTEXTS:
-            entered.append([])
-        for inside in entered:
+        leaves = bool(entered) and name == CONTEXTS[entered[-1][0]]
+        if name in CONTEXTS and not leaves:
+            entered.append((name, []))
+        for _, inside in entered:
             inside.append(node)
-        if entered and name in CONTEXTS.values():
-            inside = entered.pop()
+        if leaves:
+            _, inside = entered.pop()
             # The ends themselves may belong to no module.
             places = dict.fromkeys(p for n in inside if (p := place_of(n)) is not None)
             if len(places) == 1:

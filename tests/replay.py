@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import cachepass
@@ -117,6 +118,9 @@ class Replay:
         """For each stack: from which argument an output of its blocks goes on, by identity."""
 
         self.visits: list[_Visit] = []
+        self.made: dict[int, int] = {}
+        """How many blocks were entered when a tensor of the call was made, by identity."""
+
         self.count = 0
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
@@ -159,7 +163,7 @@ class Replay:
     @contextlib.contextmanager
     def _watched(self, runs: Sequence[Blocks], branch: str) -> Iterator[None]:
         """Each block leaves a visit; those of the runs hand on what stands in for them."""
-        self.visits = []
+        self.visits, self.made = [], {}
         called: set[nn.Module] = set()
         ranges = [(site, *site.range(self.count)) for site in runs]
         ranges.sort(key=lambda r: r[1] - r[2])  # the widest first: it skips the others
@@ -190,7 +194,9 @@ class Replay:
             )
         ]  # fmt: skip
         try:
-            yield
+            # Flex attention would compile itself, with the mode inside.
+            with torch.compiler.set_stance("force_eager"), _Making(self):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -235,25 +241,45 @@ class Replay:
         visit, value = self.visits[index], self.visits[index].leaving[i]
         known = self.streams[visit.stack]
         path = known.get(i) if known else _alike(value, visit.entering)
-        if path is None:
-            return None
-        # Its stack's first block in the run takes the stream from before the run, or from a block
-        # of another stack, or from what the code between the blocks made of one.
-        first = next(v for v in range(start, index + 1) if self.visits[v].stack == visit.stack)
-        argument = self.visits[first].taken[path]
-        if first > start and _find(argument, self.visits[start].taken) is None:
-            for before in range(start, first):
-                for j, given in enumerate(self.visits[before].given):
-                    if given is argument:
-                        return self._origin(start, before, j)
-            first = start
-            streams = self.streams[self.visits[start].stack].values()
-            entering = self.visits[start].entering
-            candidates = {p: entering[p] for p in streams} if streams else entering
-            path = _alike(value, candidates)
-        if path is None or not _fits(value, self.visits[first].entering[path]):
-            return None
-        return first, path
+        origin = None if path is None else self._entry(start, index, path, value)
+        fits = origin and _fits(value, self.visits[origin[0]].entering[origin[1]])
+        return origin if fits else None
+
+    def _entry(self, start: int, index: int, path: str, value: Tensor) -> Origin | None:
+        """Where an argument of a block enters the run, by what made it."""
+        argument = self.visits[index].taken[path]
+        for before in reversed(range(start, index)):
+            for j, given in enumerate(self.visits[before].given):
+                if given is argument:
+                    return self._origin(start, before, j)
+        if self.made.get(id(argument), 0) <= start:
+            return index, path
+        # Code between the blocks made it: as the first block of the stack has it, or by its shape.
+        stack = self.visits[index].stack
+        first = next(v for v in range(start, index + 1) if self.visits[v].stack == stack)
+        if first < index:
+            return self._entry(start, first, path, value)
+        entering = self.visits[start].entering
+        streams = self.streams[self.visits[start].stack].values()
+        alike = _alike(value, {p: entering[p] for p in streams} if streams else entering)
+        return None if alike is None else (start, alike)
+
+
+class _Making(TorchFunctionMode):
+    """Notes before which block of a call a tensor was made."""
+
+    def __init__(self, replay: Replay) -> None:
+        super().__init__()
+        self.replay = replay
+        self.alive: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.alive.append(value)
+                self.replay.made.setdefault(id(value), len(self.replay.visits))
+        return result
 
 
 def _find(value: Any, arguments: Mapping[str, Tensor]) -> str | None:

@@ -24,6 +24,7 @@ BuildArm = Callable[[fx.Graph, fx.Node, dict[fx.Node, fx.Node]], Sequence[fx.Nod
 CONTEXTS = {
     "_enter_autocast": "_exit_autocast",
     "_vmap_increment_nesting": "_vmap_decrement_nesting",
+    "_sdpa_kernel": "_sdpa_kernel",  # what was allowed before is allowed again
 }
 """How capture writes contexts that something runs in: two operations, by name."""
 
@@ -58,6 +59,12 @@ def mutated(node: fx.Node) -> fx.Node | None:
         if name.endswith("_") and not name.endswith("__"):
             return _as_node(node.args[0])
     return None
+
+
+def acts(node: fx.Node) -> bool:
+    """Whether a node is there for more than its value; fx knows of few that are."""
+    ends = called(node) in CONTEXTS or called(node) in CONTEXTS.values()
+    return ends or mutated(node) is not None or bool(node.is_impure())
 
 
 def _as_node(value: Any) -> fx.Node | None:

@@ -191,3 +191,10 @@ def trend_sums(value: Tensor, newer: Tensor, older: Tensor) -> Tensor:
 def clone(value: Tensor) -> Tensor:
     """A copy, so that a slot never aliases an input, an output or another slot."""
     return value.clone()
+
+
+def of_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A value whose size depends on data, in the shape that it has whenever this graph is run."""
+    for size, known in zip(value.shape, shape, strict=True):
+        torch._check(size == known)
+    return value.view(shape)

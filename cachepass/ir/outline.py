@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from cachepass.ir.graph import inputs_of, mutated, outputs_of, replace_outputs
+from cachepass.ir.graph import acts, inputs_of, outputs_of, replace_outputs
 
 
 class Outliner:
@@ -28,7 +28,7 @@ class Outliner:
         """Replace `nodes` (a run without frame operations) by one call, in place."""
         inputs = inputs_of(nodes)
         outputs = outputs_of(nodes)
-        if not outputs and not any(mutated(n) for n in nodes):
+        if not outputs and not any(map(acts, nodes)):
             for node in reversed(nodes):
                 gm.graph.erase_node(node)
             return

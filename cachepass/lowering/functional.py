@@ -24,7 +24,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
-from cachepass.ir.graph import mutated, walk
+from cachepass.ir.graph import acts, walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
 from cachepass.runtime.policy import Policy
@@ -182,6 +182,8 @@ class _Writer:
             env[node] = root.placeholder(node.name)
         assert self.layout.latent is not None
         self.input = env[self.layout.latent]
+        if self.layout.listed:
+            self.input = root.call(torch.unsqueeze, self.input, 0)
         time = self.layout.timestep
         self.time = env[time] if time is not None and self.policy.needs_timestep else None
         self.step, self.num_steps, self.branch = map(
@@ -196,8 +198,7 @@ class _Writer:
         returned = [*results, *(self.taken[s] for s in sites), *(root.state[n] for n in changed)]
         root.graph.output(tuple(root.here(value) for value in returned))
         whole = root.module()
-        whole.graph.eliminate_dead_code(lambda n: n.is_impure() or mutated(n) is not None)
-        whole.recompile()
+        _drop_unused(whole)
         return Functional(
             whole, tuple(self.entries.values()), len(results), tuple(sites), tuple(changed)
         )
@@ -212,8 +213,8 @@ class _Writer:
                 return [env[n] for n in results] if isinstance(results, tuple | list) else []
             if node.op == "get_attr":
                 value = getattr(part, str(node.target))
-                if isinstance(value, fx.GraphModule):
-                    env[node] = value
+                if any(user.target in self.do for user in node.users):
+                    env[node] = value  # an arm
                 else:
                     scope.root[str(node.target)] = value
                     env[node] = scope.graph.get_attr(str(node.target))
@@ -382,6 +383,15 @@ class _Writer:
     def _close(self, arm: Scope, results: Sequence[Any]) -> None:
         """An arm's outputs have one layout, and may not be what went in."""
         arm.graph.output(tuple(arm.call(tensors.own, value) for value in results))
+
+
+def _drop_unused(gm: fx.GraphModule) -> None:
+    """What is there for nothing, in arms too (where fx takes what writes for that)."""
+    for part in walk(gm):
+        for node in reversed(part.graph.nodes):
+            if not node.users and node.target is not tensors.set_number and not acts(node):
+                part.graph.erase_node(node)
+        part.recompile()
 
 
 def _args(node: fx.Node, env: Env) -> Any:

@@ -63,11 +63,11 @@ def fake_inputs(
 
 
 def latent_in(gm: fx.GraphModule, inputs: Sequence[Any]) -> Tensor:
-    """The latent among a call's inputs."""
-    latent = layout_of(gm).latent
-    assert latent is not None
-    found: Tensor = inputs[call_inputs(gm).index(latent)]
-    return found
+    """The latent among a call's inputs, rows in front."""
+    layout = layout_of(gm)
+    assert layout.latent is not None
+    found: Tensor = inputs[call_inputs(gm).index(layout.latent)]
+    return found[None] if layout.listed else found
 
 
 class SlotShapes:

@@ -75,7 +75,10 @@ def _find_inputs(graph: fx.Graph, layout: Layout) -> None:
     outputs = [value_of(n) for n in graph.output_node().all_input_nodes]
     differing = {n: min((_differing(value_of(n), o) for o in outputs), default=9) for n in floating}
     like_output = sorted((n for n in floating if differing[n] <= 1), key=differing.__getitem__)
-    large = [n for n in floating if ndim(n) >= 3]
+    large = [
+        n for n in layout.inputs.values()
+        if ndim(n) >= 3 or (ndim(n) == 2 and value_of(n).dtype == torch.int64)  # or tokens
+    ]  # fmt: skip
     layout.latent = next(iter([*like_output, *large]), None)
     layout.listed = layout.latent is not None and "[" in str(layout.latent.meta.get("argument"))
     for name, node in layout.inputs.items():

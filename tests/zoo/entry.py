@@ -60,6 +60,10 @@ def stirred(model: nn.Module) -> nn.Module:
 
 def _drift(latent: Any, share: float) -> Any:
     """Noise that is the same for all calls of a request, and goes on slowly."""
+    if isinstance(latent, Tensor) and not latent.is_floating_point():  # tokens: some are drawn anew
+        moves = torch.rand(latent.shape) < share
+        first, other = (torch.randint_like(latent, 8) for _ in range(2))
+        return torch.where(moves, other, first)
     if isinstance(latent, Tensor):
         return torch.randn_like(latent) + share * torch.randn_like(latent)
     return type(latent)(_drift(part, share) for part in latent)  # a list of samples

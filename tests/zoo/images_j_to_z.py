@@ -357,6 +357,22 @@ def _sd3_inputs() -> dict[str, Any]:
     }
 
 
+def _vq() -> nn.Module:
+    return stirred(diffusers.Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=4, cross_attention_dim=24,
+        sample_size=4, num_vector_embeds=9, num_embeds_ada_norm=1000, norm_type="ada_norm",
+    ))  # fmt: skip
+
+
+def _vq_inputs() -> dict[str, Any]:
+    return {
+        "hidden_states": torch.zeros(1, 16, dtype=torch.int64),  # entries of a codebook
+        "encoder_hidden_states": torch.randn(1, 6, 24),
+        "timestep": torch.tensor(900),
+        "return_dict": False,
+    }
+
+
 def _z_image() -> nn.Module:
     return stirred(diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=4, n_refiner_layers=2, n_heads=2, n_kv_heads=2,
@@ -403,6 +419,7 @@ ZOO: dict[str, Entry] = {
         Entry(build=_qwen_image21, inputs=_qwen_image21_inputs, main=_BLOCKS),
     "SanaTransformer2DModel": Entry(build=_sana, inputs=_sana_inputs, main=_BLOCKS),
     "SD3Transformer2DModel": Entry(build=_sd3, inputs=_sd3_inputs, main=_BLOCKS),
+    "Transformer2DModel": Entry(build=_vq, inputs=_vq_inputs, main=_BLOCKS),
     "ZImageTransformer2DModel":
         Entry(build=_z_image, inputs=_z_image_inputs, main=("layers",), latent="x", timestep="t"),
 }

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from cachepass.arguments import values_of
 from cachepass.errors import CaptureError
-from cachepass.ir.graph import called, module_paths
+from cachepass.ir.graph import acts, called, drop_unused, module_paths, value_of
 from cachepass.record import record
 
 FAILURES = (Unsupported, UserError)
@@ -59,6 +59,7 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         # Dynamo's order is that of first use.
         node.meta["order"] = [*parameters, first].index(first)
     graph.output(graph.graph_copy(captured.graph, copies))
+    drop_unused(graph, lambda n: acts(n) or not isinstance(value_of(n), Tensor))
     gm = fx.GraphModule(captured, graph)
     gm.meta = {"computation": _computation(graph)}
     return gm

@@ -27,17 +27,20 @@ class MarkBoundaries:
 
     1. *Inputs*: placeholders that are no weights, in the order of the model's signature. The
        latent is the first one of the shape of an output, else the first that differs from one in
-       a single dimension (its channels), else the first with at least three dimensions. The
+       a single dimension (its channels), else the first with at least three dimensions, or with
+       two and of integers (entries of a codebook). The
        timestep is the one that is called so, else the first with at most one dimension, of
        floating ones if there are any.
     2. *Stacks*: entries of an indexed module list (``blocks.0``, ``blocks.1`` ...) that work
        on the latent and are repeated modules with modules of their own. The outermost such list on
        a node's module stack wins, so a list inside a block is part of the block. A list of
        one entry counts if it holds attention.
-    3. *Sublayers*: walking back from a block's output through additions and casts to its input
-       gives the residual branches; a branch with attention is self- or cross-attention
-       by where its keys come from, any other is an MLP. Self-attention is spatial or temporal where
-       frames or places are folded into the batch.
+    3. *Sublayers*: walking back from a block's output through additions, casts, norms behind a
+       sum, masks and parts that are put together again to its input, or to what a projection makes
+       of that, gives the residual branches. One that is computed from no stream is a hint that is
+       put in. A branch with attention is self- or cross-attention by where its keys come from, any
+       other is an MLP. Self-attention is spatial or temporal where frames or places are folded into
+       the batch.
     4. An attention that several streams share, or that runs on several as one, is found for each of
        them, to be measured; none can be skipped alone.
     5. The graph is left alone if it is marked already.

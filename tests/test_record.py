@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import cachepass
+from cachepass.arguments import values_of
 from cachepass.record import record
 from tests.models import TINY, TOY, as_tensor, distance
 from tests.toys.dit import ToyDiT
@@ -97,19 +98,74 @@ def test_a_recording_is_the_model(name: str) -> None:
     model, first = tiny.model(), tiny.example(1)
     second = first | {"hidden_states": tiny.example(2)["hidden_states"]}
     recording = record(model, (), first)
-    tensors = recording.arguments(torch.utils._pytree.tree_leaves(((), second)))
+    values = values_of(model, (), second)
+    tensors = recording.arguments(values)
     assert recording.holds(tensors)
     with torch.no_grad():
-        found = as_tensor(recording.returned(recording.gm(*tensors)))
+        found = as_tensor(recording.returned(recording.gm(*tensors), values))
         assert torch.equal(found, as_tensor(model(**second)))
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("lowering", ["regions", "graph"])
+def test_compiled(lowering: Any) -> None:
     torch.manual_seed(0)
     model = Choosing().eval()
-    cached: Any = cachepass.compile(model, policy="compute")
+    cached: Any = cachepass.compile(model, policy="compute", lowering=lowering)
     with torch.no_grad():
         assert distance(cached(**_given(3)), model(**_given(3))) < 1e-5
+
+
+class Memory:
+    """What a prompt's tokens became, as some models are handed it for a request."""
+
+    def __init__(self) -> None:
+        self.layers: list[dict[str, Tensor | None]] = [{"kept": None}]
+        self.used = 0
+
+
+class Remembering(Choosing):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, y: Tensor, memory: Memory
+    ) -> Tensor:
+        (layer,) = memory.layers
+        kept = layer["kept"]
+        if kept is None:
+            kept = layer["kept"] = y.float().repeat_interleave(y.clamp(max=4)).sum().sin()
+        memory.used = 1
+        return super().forward(x * kept, t, y)
+
+
+def test_objects_are_read_and_written() -> None:
+    torch.manual_seed(0)
+    model = Remembering().eval()
+    cached = _cached(model)
+    for label in (3, 4, 3):
+        mine, theirs = Memory(), Memory()
+        for step in range(3):
+            given = _given(label, seed=step)
+            with torch.no_grad():
+                expected = model(**given, memory=theirs)
+            assert torch.equal(cached(**given, memory=mine), expected)
+            kept, wanted = mine.layers[0]["kept"], theirs.layers[0]["kept"]
+            assert kept is not None
+            assert wanted is not None
+            assert torch.equal(kept, wanted)
+            assert mine.used == 1
+    # One that fills the memory for each number of repetitions, and one that finds it filled.
+    assert cachepass.report(cached).to_dict()["compiles"]["graphs"] == 3
+
+
+class Growing(Choosing):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, y: Tensor, memory: Memory
+    ) -> Tensor:
+        memory.layers.append({"kept": None})
+        return super().forward(x, t, y)
+
+
+def test_objects_that_change_their_build_are_refused() -> None:
+    with pytest.raises(cachepass.CaptureError, match="changes how an object is built"):
+        record(Growing().eval(), (), _given(3) | {"memory": Memory()})
 
 
 def test_explain() -> None:

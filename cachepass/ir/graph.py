@@ -67,6 +67,13 @@ def acts(node: fx.Node) -> bool:
     return ends or mutated(node) is not None or bool(node.is_impure())
 
 
+def drop_unused(graph: fx.Graph, needed: Callable[[fx.Node], bool]) -> None:
+    """Erase what nobody uses and what is not `needed` for another reason (see `acts`)."""
+    for node in reversed(graph.nodes):
+        if not node.users and not needed(node):
+            graph.erase_node(node)
+
+
 def _as_node(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 

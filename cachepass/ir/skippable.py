@@ -213,7 +213,11 @@ def predict(
 
 
 def latent_of(gm: fx.GraphModule, layout: Layout, output: fx.Node) -> fx.Node | None:
-    """The latent in the shape of an output, cut to its channels where it has more of them."""
+    """The latent in the shape of an output.
+
+    It is cut to the output's channels, or filled up with zeros where the output has more of them
+    (variances, say): these are kept as they are.
+    """
     latent = layout.latent
     assert latent is not None
     if (found := base_for(output, [latent])) is not None:
@@ -225,7 +229,12 @@ def latent_of(gm: fx.GraphModule, layout: Layout, output: fx.Node) -> fx.Node | 
     )
     if not fits or x.dtype != y.dtype:
         return None
+    further = y.shape[1] - x.shape[1]
     with gm.graph.inserting_after(list(gm.graph.find_nodes(op="placeholder"))[-1]):
-        part = gm.graph.call_method("narrow", (latent, 1, 0, y.shape[1]))
+        if further < 0:
+            part = gm.graph.call_method("narrow", (latent, 1, 0, y.shape[1]))
+        else:
+            sides = [0, 0] * (x.ndim - 2) + [0, further]
+            part = gm.graph.call_function(torch.nn.functional.pad, (latent, sides))
     part.meta["example_value"] = y
     return part

@@ -22,13 +22,17 @@ _VIEWS = frozenset({
     "view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "narrow", "select",
     "flatten", "unflatten", "expand",
 })  # fmt: skip
-_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__"})
+_PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__", "einsum"})
+_SUMS = frozenset({"add", "iadd"})
+_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
 
 
 def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
     """The sublayers of a block with these nodes; see `passes.mark_boundaries` for the rules."""
     inside = set(nodes)
-    outputs = [n for n in nodes if ndim(n) == 3 and any(u not in inside for u in n.users)]
+    leaving = [n for n in nodes if any(u not in inside for u in n.users)]
+    leaving = [n for n in leaving if ndim(n) == 3] or [n for n in leaving if ndim(n) == 2]
+    outputs = dict.fromkeys(_handed_on(n, inside) for n in leaving)
     spines = {output: _spine(_whole(output, inside), inside) for output in outputs}
     sums = {node for spine in spines.values() for node in spine.sums}
     found: list[Sublayer] = []
@@ -39,6 +43,9 @@ def find_sublayers(nodes: Sequence[fx.Node], latent: fx.Node) -> list[Sublayer]:
         cut = output if _whole(output, inside) is not output else None
         for residual in reversed(spine.residuals):
             cone, behind = _cone(residual, nodes), _behind(residual, nodes, sums)
+            used = {u for n in behind for u in n.all_input_nodes}
+            if used.isdisjoint((spine.stream, *spine.sums)):  # a hint that is put in, say
+                continue
             joint = cut is not None or (_attention_in(behind) and not _attention_in(cone))
             if not joint and (not cone or claimed & set(cone)):
                 continue
@@ -59,9 +66,17 @@ def _whole(output: fx.Node, inside: set[fx.Node]) -> fx.Node:
         output.target is operator.getitem
         and isinstance(source, fx.Node)
         and source in inside
-        and ndim(source) == 3
+        and ndim(source) == ndim(output)
     )
     return source if is_slice else output  # type: ignore[return-value]
+
+
+def _handed_on(output: fx.Node, inside: set[fx.Node]) -> fx.Node:
+    """The stream of which an output is a projection, as a hint of a control block is."""
+    source = output.args[0] if output.args else None
+    projected = called(output) == "linear" and isinstance(source, fx.Node) and source in inside
+    same = projected and ndim(source) == ndim(output)  # type: ignore[arg-type]
+    return source if same else output  # type: ignore[return-value]
 
 
 def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> tuple[fx.Node, ...]:
@@ -74,9 +89,19 @@ def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> 
 
 
 def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    while node in inside and node.op == "call_method" and node.target in _CASTS:
+    """What a stream is before it was cast, normalized (behind a sum) or masked."""
+    while node in inside:
+        name = called(node)
+        masked = name == "mul" and len(node.all_input_nodes) == 2 and _is_mask(node.args[1])
+        if not masked and name not in _NORMS and (name not in _CASTS or node.op != "call_method"):
+            break
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def _is_mask(node: object) -> bool:
+    """One number for each token."""
+    return isinstance(node, fx.Node) and ndim(node) >= 2 and str(value_of(node).shape[-1]) == "1"
 
 
 def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
@@ -101,27 +126,36 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
     like = value_of(output)
 
     def terms(node: fx.Node) -> list[fx.Node]:
-        name = called(node)
-        if name != "add" or len(node.all_input_nodes) != 2:
+        if called(node) not in _SUMS or len(node.all_input_nodes) != 2:
             return []
-        return [n for n in node.all_input_nodes if ndim(n) == 3 and same_shape(value_of(n), like)]
+        tensors = [n for n in node.all_input_nodes if ndim(n) == like.ndim]
+        return [n for n in tensors if same_shape(value_of(n), like)]
 
     def reaches(node: fx.Node) -> bool:
         node = _strip(node, inside)
         if node not in inside or _joins(node, inside):
             return not node.meta.get("weight")
+        if (parted := _parted(node, inside)) is not None:
+            return reaches(parted[0])
         return any(reaches(t) for t in terms(node))
 
     residuals: list[fx.Node] = []
     sums: list[fx.Node] = []
     node = _strip(output, inside)
     while node in inside and not _joins(node, inside):
+        if (parted := _parted(node, inside)) is not None:
+            node, parts = _strip(parted[0], inside), parted[1]
+            for part in parts:
+                residuals += part.residuals
+                sums += part.sums
+            continue
         pair = terms(node)
         through = [t for t in pair if reaches(t)]
         if len(pair) == 2 and not inside & set(pair):  # two that enter as one (positions)
             break
+        if len(pair) == 2 and not through:  # one that is made in the block (of a long skip, say)
+            through = [a for a, b in (pair, pair[::-1]) if a in _before(b, inside)]
         if len(pair) != 2 or len(through) != 1:
-            # A sum was found: what it starts from is made in the block (of a long skip, say).
             return _Spine(residuals, node if residuals else None, sums)
         residual = pair[0] if through[0] is pair[1] else pair[1]
         if residual not in inside:
@@ -130,6 +164,30 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
         sums.append(node)
         node = _strip(through[0], inside)
     return _Spine(residuals, node, sums)
+
+
+def _parted(node: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, list[_Spine]] | None:
+    """Of a stream that was cut and is put together here: the whole, and the ways of its parts."""
+    if called(node) not in ("cat", "concat") or not set(node.all_input_nodes) <= inside:
+        return None
+    parts = [_spine(part, inside) for part in node.all_input_nodes]
+    starts = [s.stream or part for s, part in zip(parts, node.all_input_nodes, strict=True)]
+    cut, *others = {n.args[0] if n.target is operator.getitem else None for n in starts}
+    if others or not isinstance(cut, fx.Node) or called(cut) not in ("split", "chunk"):
+        return None
+    return cut.all_input_nodes[0], parts
+
+
+def _before(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """What a node is computed from in the block."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for used in pending.pop().all_input_nodes:
+            if used in inside and used not in found:
+                found.add(used)
+                pending.append(used)
+    return found
 
 
 def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:

@@ -24,7 +24,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
-from cachepass.ir.graph import acts, walk
+from cachepass.ir.graph import acts, drop_unused, walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
 from cachepass.runtime.policy import Policy
@@ -198,7 +198,9 @@ class _Writer:
         returned = [*results, *(self.taken[s] for s in sites), *(root.state[n] for n in changed)]
         root.graph.output(tuple(root.here(value) for value in returned))
         whole = root.module()
-        _drop_unused(whole)
+        for part in walk(whole):
+            drop_unused(part.graph, lambda n: n.target is tensors.set_number or acts(n))
+            part.recompile()
         return Functional(
             whole, tuple(self.entries.values()), len(results), tuple(sites), tuple(changed)
         )
@@ -383,15 +385,6 @@ class _Writer:
     def _close(self, arm: Scope, results: Sequence[Any]) -> None:
         """An arm's outputs have one layout, and may not be what went in."""
         arm.graph.output(tuple(arm.call(tensors.own, value) for value in results))
-
-
-def _drop_unused(gm: fx.GraphModule) -> None:
-    """What is there for nothing, in arms too (where fx takes what writes for that)."""
-    for part in walk(gm):
-        for node in reversed(part.graph.nodes):
-            if not node.users and node.target is not tensors.set_number and not acts(node):
-                part.graph.erase_node(node)
-        part.recompile()
 
 
 def _args(node: fx.Node, env: Env) -> Any:

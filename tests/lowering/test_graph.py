@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch import Tensor
 
 import cachepass
 from cachepass.errors import CachePassError, PolicyError
@@ -14,6 +15,7 @@ from cachepass.runtime.session import Session
 from tests.graphs import SITES, Script, examples
 from tests.models import TOY, WAN, distance
 from tests.requests import BOTH, decisions, run
+from tests.toys.dit import ToyDiT
 
 # Random decisions may well be to compute.
 pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
@@ -79,6 +81,27 @@ def test_arms_get_their_operands_as_they_were_compiled_for() -> None:
     )
     with cachepass.session(cached, num_inference_steps=3).at(step=0):
         assert distance(cached(**TOY.example()), want) < 1e-5
+
+
+class Masking(ToyDiT):
+    """Writes numbers into a tensor of its own, which a conditional's arm then does."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        keep = torch.zeros_like(x)
+        keep[..., 2:] = 1
+        return super().forward(x * keep, t, y)
+
+
+def test_what_an_arm_writes_stays() -> None:
+    model = Masking().eval()
+    policy = cachepass.Schedule(reuse={1: "step"})
+    cached = cachepass.compile(model, policy=policy, lowering="graph", inner="eager")
+    session = cachepass.session(cached, num_inference_steps=2)
+    with torch.no_grad():
+        want = model(**TOY.example())
+    for step in range(2):
+        with session.at(step=step):
+            assert torch.equal(cached(**TOY.example()), want)
 
 
 NAMES = [site.name for site in SITES]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cachepass.ir.boundary import Kind, layout_of, place_of
 from cachepass.passes import MarkBoundaries
 from tests.graphs import capture
 from tests.models import TINY, TOY, WAN, Tiny
-from tests.toys.dit import ToyDiT
+from tests.toys.dit import ToyBlock, ToyDiT
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
@@ -76,6 +77,63 @@ def test_attention_that_streams_share_is_found_and_not_skippable(name: str) -> N
     )
     with pytest.raises(PolicyError, match=r"kind self-attention, .*; this model offers mlp"):
         capture(tiny).run(*capture(tiny).pipeline(cachepass.Schedule(reuse={1: "attention"})))
+
+
+class Variant(ToyBlock):
+    """A block that goes on from its stream in another way than by sums alone."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(16)
+        self.way = way
+
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).movedim(-3, 0).transpose(-3, -2)
+        h = nn.functional.scaled_dot_product_attention(q, k, v).transpose(-3, -2)
+        out: Tensor = self.proj(h.flatten(-2))
+        return out
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        if self.way == "norms behind the sums":
+            x = self.norm1(x + self.attention(x))
+            out: Tensor = self.norm2(x + self.mlp(x))
+            return out
+        if self.way == "masks":
+            mask = c.mean(-1)[:, None]
+            x = (x + self.attention(self.norm1(x))) * mask[..., None]
+            return torch.mul(x + self.mlp(self.norm2(x)), mask[..., None])
+        if self.way == "parts":
+            x = x + self.attention(self.norm1(x))
+            before, x = x.split([4, 12], dim=1)
+            x = x + self.mlp(self.norm2(x))
+            return torch.cat([before, x], dim=1)
+        if self.way == "no batch":
+            x = x.flatten(0, -2)
+        elif self.way == "a projection first":
+            x = self.proj(x)
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class Variants(ToyDiT):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Variant(way) for _ in range(3))
+        if way == "no batch":
+            self.out = nn.Sequential(nn.Unflatten(0, (1, -1)), self.out)
+
+
+WAYS = ("sums", "norms behind the sums", "masks", "parts", "no batch", "a projection first")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_a_stream_through_a_block(way: str) -> None:
+    captured = capture(dataclasses.replace(TOY, build=lambda: Variants(way)))
+    layout = layout_of(captured.run(MarkBoundaries()))
+    found = [(s.block, s.kind, bool(s.nodes)) for s in layout.sublayers]
+    assert found == [
+        (block, kind, True) for block in range(3) for kind in (Kind.SELF_ATTENTION, Kind.MLP)
+    ]
 
 
 def test_marked_graphs_are_left_alone() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -42,21 +41,6 @@ REUSED: dict[str, set[tuple[int, str, str]]] = {
 }
 
 
-WRONG: dict[str, str] = {
-    "stdit": "attention written out with `.softmax()` is taken for an MLP",
-    "uvit": "a block that starts with a projection of two streams has no stream",
-    "steered by itself": "the last control block hands on a hint and no stream",
-}
-"""Toys whose sublayers are not all found as what they are."""
-
-
-def _but_for(reasons: dict[str, str], names: Iterable[str]) -> list[Any]:
-    def marks(name: str) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.xfail(reason=reasons[name])] if name in reasons else []
-
-    return [pytest.param(name, marks=marks(name)) for name in names]
-
-
 def _cached(toy: Toy, policy: Any) -> tuple[Any, Any]:
     model = toy.model()
     return model, cachepass.compile(model, policy=policy, inner="eager")
@@ -82,7 +66,7 @@ def test_compute_is_bitwise_equal(name: str) -> None:
     assert report["compiles"]["graphs"] == 1
 
 
-@pytest.mark.parametrize("name", _but_for(WRONG, TOYS))
+@pytest.mark.parametrize("name", TOYS)
 def test_sublayers(name: str) -> None:
     _, report = _computed(name)
     assert report["sublayers"] == TOYS[name].sublayers

@@ -178,9 +178,17 @@ def _find_stacks(graph: fx.Graph, layout: Layout, roots: dict[fx.Node, frozenset
         raise CaptureError(
             "no stack of repeated blocks: looked for a ModuleList or Sequential whose entries have "
             "modules of their own and work on the latent, at least two in all; found "
-            f"{lists or 'no module list'}. Without blocks there is nothing to skip: use "
-            "torch.compile for this model"
+            f"{lists or 'no module list'}{_from_line(graph)}. Without blocks there is nothing to "
+            "skip: use torch.compile for this model"
         )
+
+
+def _from_line(graph: fx.Graph) -> str:
+    """The first line that computes something, if capture has written it down."""
+    traces = (node.meta.get("stack_trace") or "" for node in graph.nodes)
+    lines = (re.search(r'File "([^"]+)", line (\d+), in forward', trace) for trace in traces)
+    first = next(filter(None, lines), None)
+    return f" in the forward, from {first[1]}:{first[2]} on" if first else ""
 
 
 def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:

@@ -79,7 +79,8 @@ def test_models_without_repeated_blocks(kind: Any, found: str) -> None:
     inputs = TOY.example()
     if kind is broken.NoRepeats:
         inputs["y"] = torch.randn(1, 3, 8, 8)
-    expected = rf"^no stack of repeated blocks: looked for .*{found}.* use torch.compile"
+    expected = rf"^no stack of repeated blocks: looked for .*{found}.* in the forward, from "
+    expected += r"\S+/tests/toys/\w+.py:\d+ on. Without blocks .* use torch.compile"
     with pytest.raises(cachepass.CaptureError, match=expected):
         cached(**inputs)
 

@@ -106,6 +106,13 @@ class CachedModule(OptimizedModule):
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
+    def _class_of_the_model(self) -> type[nn.Module]:
+        return type(self._orig_mod)
+
+    # Libraries ask a component for its class (diffusers: which of them may hold adapters). What
+    # they then do goes to the model. `type` tells that this is a wrapper, `isinstance` tells both.
+    __class__ = property(_class_of_the_model)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising call, without gradients."""
         for value in (*args, *kwargs.values()):

@@ -78,6 +78,25 @@ def _as_node(value: Any) -> fx.Node | None:
     return value if isinstance(value, fx.Node) else None
 
 
+_VIEWS = frozenset({
+    "view", "reshape", "transpose", "permute", "movedim", "unflatten", "flatten", "chunk", "split",
+    "tensor_split", "unbind", "squeeze", "unsqueeze", "expand", "narrow", "select", "of_shape",
+    "__getitem__", "getitem",
+})  # fmt: skip
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node shows another's memory, or may; parts, and items of them, as well."""
+    return called(node) in _VIEWS and bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def owner(node: fx.Node) -> fx.Node:
+    """Whose memory a chain of views shows."""
+    while is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def same_shape(a: Tensor, b: Tensor) -> bool:
     """Whether two shapes are equal by their symbols, without adding a guard."""
     return tuple(map(str, a.shape)) == tuple(map(str, b.shape))

@@ -12,16 +12,12 @@ import torch
 from torch import fx
 
 from cachepass.ir.boundary import Kind, Sublayer, place_of
-from cachepass.ir.graph import called, module_paths, mutated, same_shape, value_of
+from cachepass.ir.graph import called, is_view, module_paths, mutated, owner, same_shape, value_of
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
 _ATTENTION = frozenset(
     {"scaled_dot_product_attention", "flex_attention", "multi_head_attention_forward"}
 )
-_VIEWS = frozenset({
-    "view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "narrow", "select",
-    "flatten", "unflatten", "expand",
-})  # fmt: skip
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "__matmul__", "einsum"})
 _SUMS = frozenset({"add", "iadd"})
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
@@ -200,8 +196,8 @@ def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
             continue
         written = mutated(node)
         if written is not None and not node.users:
-            own = _owner(written)
-            readers = [u for u in _touching(own) if mutated(u) is None and not _is_view(u)]
+            own = owner(written)
+            readers = [u for u in _touching(own) if mutated(u) is None and not is_view(u)]
             if own in nodes and readers and all(u in cone for u in readers):
                 cone.add(node)
         elif node.users and all(u in cone for u in node.users):
@@ -210,25 +206,12 @@ def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(n for n in nodes if n in cone and not (_takes_item(n) and n.args[0] not in cone))
 
 
-def _is_view(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return not _takes_item(node)
-    return node.op == "call_method" and node.target in _VIEWS
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """Whose memory a view shows."""
-    while _is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
 def _touching(node: fx.Node) -> list[fx.Node]:
     """Who reads or writes a node's memory, through views too."""
     found = []
     for user in node.users:
         found.append(user)
-        if _is_view(user):
+        if is_view(user):
             found += _touching(user)
     return found
 

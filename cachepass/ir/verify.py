@@ -10,7 +10,7 @@ from torch import fx
 from cachepass.errors import VerifyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import CONTEXTS, called, mutated, walk
+from cachepass.ir.graph import CONTEXTS, called, mutated, owner, walk
 
 _RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
                      torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip
@@ -156,7 +156,7 @@ def _check_region(region: fx.GraphModule, name: str) -> None:
     open_contexts = 0
     for node in region.graph.nodes:
         target = mutated(node)
-        base = _base(target) if target is not None else None
+        base = owner(target) if target is not None else None
         if base is not None and base.op == "placeholder":
             raise VerifyError(
                 f"region {name!r} writes to its argument {base.name!r} ({node.name}): the "
@@ -165,17 +165,3 @@ def _check_region(region: fx.GraphModule, name: str) -> None:
         open_contexts += (called(node) in CONTEXTS) - (called(node) in CONTEXTS.values())
     if open_contexts:
         raise VerifyError(f"region {name!r} opens or closes a context without its other half")
-
-
-_VIEWS = frozenset({"view", "reshape", "transpose", "permute", "unflatten", "flatten", "chunk",
-                    "split", "unbind", "squeeze", "unsqueeze", "expand", "narrow", "select",
-                    "__getitem__"})  # fmt: skip
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """Where a chain of views starts."""
-    while node.args and isinstance(node.args[0], fx.Node):
-        if called(node) not in _VIEWS and called(node) != "getitem":
-            break
-        node = node.args[0]
-    return node

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 import cachepass
 from tests.adapters.driving import REUSE, REUSES, STEPS, calls, compiled, generate, requests
-from tests.adapters.pipes import flux, shapes
+from tests.adapters.pipes import PIPES, flux, shapes
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -80,37 +80,42 @@ def test_weights_fused_and_taken_back() -> None:
     assert cachepass.report(pipe).to_dict()["compiles"]["graphs"] == 1
 
 
-class Adapted(nn.Module):
-    """A layer with a low-rank adapter beside it, as libraries of adapters put there."""
+def _adapter(model: nn.Module) -> dict[str, Tensor]:
+    """A LoRA of rank 2, as a file of weights holds one."""
+    found = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for path, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and path.endswith(("to_q", "to_v")):
+                down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+                found[f"transformer.{path}.lora_A.weight"] = 0.5 * down
+                found[f"transformer.{path}.lora_B.weight"] = 0.5 * up
+    return found
 
-    def __init__(self, layer: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.layer, self.scale = layer, scale
-        self.down, self.up = nn.Linear(24, 2, bias=False), nn.Linear(2, 24, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.layer(x) + self.scale * self.up(self.down(x))
-        return result
-
-
-def test_an_adapter_loaded_scaled_and_unloaded() -> None:
-    pipe, given = shapes()
-    attention = pipe.transformer.blocks[1].attn1
-    layer = attention.to_q
-    adapted = Adapted(layer, 1.0).eval()
+def test_an_adapter_loaded_scaled_fused_and_unloaded() -> None:
+    pipe, given = PIPES["flux"].make()
+    weights = _adapter(pipe.transformer)
 
     def outputs() -> Iterator[Tensor]:
-        for scale in (None, 1.0, 0.5, None):
-            attention.to_q = layer if scale is None else adapted
-            adapted.scale = scale or 0.0
-            yield generate(pipe, given)
+        yield generate(pipe, given)
+        pipe.load_lora_weights(dict(weights), adapter_name="style")
+        yield generate(pipe, given)
+        pipe.set_adapters("style", 0.5)
+        yield generate(pipe, given)
+        pipe.fuse_lora()
+        yield generate(pipe, given)
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        yield generate(pipe, given)
 
-    expected = list(outputs())
-    assert len({float(value.sum()) for value in expected}) == 3
+    before, loaded, scaled, *_ = expected = list(outputs())
+    assert not any(map(torch.equal, (before, loaded, scaled), (loaded, scaled, before)))
+    pipe, _ = PIPES["flux"].make()
     compiled(pipe)
     for got, want in zip(outputs(), expected, strict=True):
         assert torch.equal(got, want)
-    assert cachepass.report(pipe).to_dict()["compiles"]["graphs"] <= 3
+    assert pipe.get_list_adapters() == {}
 
 
 class Int8(Tensor):
@@ -142,6 +147,17 @@ class Int8(Tensor):
             Int8, lambda q: q.quantized.to(q.scale.dtype) * q.scale, (args, kwargs or {})
         )
         return op(*args, **kwargs)
+
+
+def test_weights_quantized_by_torchao() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe, given = shapes()
+    plain = generate(pipe, given)
+    quantization.quantize_(pipe.transformer.blocks, quantization.Int8WeightOnlyConfig())
+    expected = generate(pipe, given)
+    assert not torch.equal(expected, plain)
+    compiled(pipe)
+    assert torch.equal(generate(pipe, given), expected)
 
 
 def test_quantized_weights() -> None:

@@ -7,16 +7,20 @@ they read from and write to: its attributes are values of the call as well.
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from cachepass.errors import CaptureError
 
 Put = Callable[[Any], None]
 
@@ -30,18 +34,28 @@ class Value:
         put: sets it anew where it lies; None where nobody can, or nobody would see it.
     """
 
-    __slots__ = ("name", "put", "value")
+    __slots__ = ("_put", "name", "value")
 
     def __init__(self, name: str, value: Any, put: Put | None = None) -> None:
-        self.name, self.value, self.put = name, value, put
+        self.name, self.value, self._put = name, value, put
+
+    def put(self, value: Any) -> None:
+        """Set it anew, in the object that holds it.
+
+        Raises:
+            CaptureError: it is in none.
+        """
+        if self._put is None:
+            raise CaptureError(f"the forward changes {self.name}, which is given to it")
+        self._put(value)
 
 
 def values_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Value]:
-    """All values of a call, in one order for calls of one structure."""
+    """All values of a call, in one order for calls of one structure; the first is the structure."""
     parameters = tuple(inspect.signature(model.forward).parameters)
-    seen: set[int] = set()
-    found: list[Value] = []
-    for path, leaf in pytree.tree_leaves_with_path((tuple(args), dict(kwargs))):
+    leaves, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    found, seen = [Value("", str(spec))], dict[int, str]()
+    for path, leaf in leaves:
         found += _open(_name(path, parameters), leaf, None, seen)
     return found
 
@@ -52,47 +66,79 @@ def tensors_of(values: Sequence[Value]) -> list[Tensor]:
 
 
 def key_of(model: nn.Module, values: Sequence[Value]) -> object:
-    """Equal for calls that one recording may serve: kinds, shapes, and the modules."""
-    facts = tuple((v.name, _fact(v.value)) for v in values)
+    """Equal for calls that one recording may serve: kinds, shapes, and the modules.
+
+    Raises:
+        CaptureError: a value is of a kind that nobody can look into.
+    """
+    first: dict[int, str] = {}
+    facts = tuple((v.name, _fact(v, first)) for v in values)
     return facts, tuple(id(m) for m in model.modules())
 
 
-def _fact(value: Any) -> object:
+def is_plain(value: object) -> bool:
+    """Whether a value is told by its `repr`."""
+    return isinstance(value, _PLAIN)
+
+
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), type, enum.Enum, slice, range,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    types.FunctionType, types.MethodType, types.BuiltinFunctionType,
+)  # fmt: skip
+
+
+def _fact(given: Value, first: dict[int, str]) -> object:
+    value = given.value
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
+        same = first.setdefault(id(value), given.name)  # as which argument it was given before
+        return tuple(value.shape), value.stride(), value.dtype, value.device, same
+    if not is_plain(value):
+        raise CaptureError(
+            f"{given.name} is a {type(value).__name__}: a call that chooses by data is recorded, "
+            "and a recording cannot tell one from another. Give the model tensors, numbers, or "
+            "objects that hold such"
+        )
     return repr(value)
 
 
 def _name(path: Any, parameters: Sequence[str]) -> str:
     """The argument of a path into ``(args, kwargs)``, with what is inside of it."""
     (_, first, *inside) = path
-    name = parameters[first.idx] if isinstance(first, pytree.SequenceKey) else first.key
+    if not isinstance(first, pytree.SequenceKey):
+        name = first.key
+    else:
+        name = parameters[first.idx] if first.idx < len(parameters) else f"args[{first.idx}]"
     return f"{name}{pytree.keystr(tuple(inside))}"
 
 
-def _open(name: str, value: Any, put: Put | None, seen: set[int]) -> Iterator[Value]:
+def _open(name: str, value: Any, put: Put | None, seen: dict[int, str]) -> Iterator[Value]:
     entries = _entries(value)
     if entries is None:
         yield Value(name, value, put)
-        return
-    yield Value(name, type(value))
-    if id(value) not in seen:
-        seen.add(id(value))
+    elif id(value) in seen:
+        yield Value(name, f"the same as {seen[id(value)]}")
+    else:
+        seen[id(value)] = name
+        yield Value(name, type(value))
         for key, inner, inner_put in entries:
             yield from _open(name + key, inner, inner_put, seen)
 
 
 def _entries(value: Any) -> list[tuple[str, Any, Put | None]] | None:
     """What is inside of an object, or of a collection that it holds; None for all else."""
+    if isinstance(value, Tensor | nn.Module | torch.Generator) or is_plain(value):
+        return None
     setitem = functools.partial(functools.partial, operator.setitem, value)
-    if isinstance(value, list):
+    if isinstance(value, list | collections.deque):
         return [(f"[{i}]", inner, setitem(i)) for i, inner in enumerate(value)]
     if isinstance(value, dict):
         return [(f"[{k!r}]", inner, setitem(k)) for k, inner in value.items()]
     if isinstance(value, tuple):
         return [(f"[{i}]", inner, None) for i, inner in enumerate(value)]
-    known = isinstance(value, Tensor | nn.Module | type | enum.Enum | torch.Generator)
-    if known or callable(value) or not hasattr(value, "__dict__"):
+    slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ())]
+    names = [*getattr(value, "__dict__", ()), *(n for n in slots if hasattr(value, n))]
+    if not names:
         return None
     setattribute = functools.partial(functools.partial, setattr, value)
-    return [(f".{k}", inner, setattribute(k)) for k, inner in vars(value).items()]
+    return [(f".{name}", getattr(value, name), setattribute(name)) for name in names]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported, UserError
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
@@ -59,10 +60,16 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         # Dynamo's order is that of first use.
         node.meta["order"] = [*parameters, first].index(first)
     graph.output(graph.graph_copy(captured.graph, copies))
-    drop_unused(graph, lambda n: acts(n) or not isinstance(value_of(n), Tensor))
+    drop_unused(graph, _is_needed)
     gm = fx.GraphModule(captured, graph)
     gm.meta = {"computation": _computation(graph)}
     return gm
+
+
+def _is_needed(node: fx.Node) -> bool:
+    """Whether it is more than a value: registered operations may do whatever they like."""
+    registered = isinstance(node.target, (OpOverload, OpOverloadPacket, HigherOrderOperator))
+    return registered or acts(node) or not isinstance(value_of(node), Tensor)
 
 
 def _computation(graph: fx.Graph) -> int:

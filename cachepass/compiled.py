@@ -106,12 +106,19 @@ class CachedModule(OptimizedModule):
         if not marked:
             vars(model).pop("_is_torch_compile", None)
 
-    def _class_of_the_model(self) -> type[nn.Module]:
-        return type(self._orig_mod)
+    def _class_of_the_model(self) -> type:
+        model = vars(self).get("_modules", {}).get("_orig_mod")  # None while it is built
+        return type(self) if model is None else type(model)
 
     # Libraries ask a component for its class (diffusers: which of them may hold adapters). What
     # they then do goes to the model. `type` tells that this is a wrapper, `isinstance` tells both.
     __class__ = property(_class_of_the_model)
+
+    def __reduce__(self) -> Any:
+        raise CachePassError(
+            "a compiled module is not copied or pickled: copy the module that was compiled, and "
+            "compile the copy"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One denoising call, without gradients."""

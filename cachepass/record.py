@@ -24,15 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.attention import flex_attention
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cachepass.arguments import Value, key_of, tensors_of, values_of
+from cachepass.arguments import Value, is_plain, key_of, tensors_of, values_of
 from cachepass.errors import CaptureError
 from cachepass.ir import ops
+from cachepass.ir.graph import mutated, owner_of
 
 _ASKS = frozenset({
     "__bool__", "__int__", "__float__", "__index__", "item", "tolist", "is_nonzero", "equal",
@@ -62,7 +63,7 @@ class Recording:
     """What has to be equal: kinds and shapes of arguments, the modules."""
 
     fixed: Sequence[tuple[nn.Module, str] | Tensor]
-    """Weights, by their modules, and tensors that the model kept elsewhere."""
+    """What a module holds, by its name there; what was found elsewhere, as it was then."""
 
     conditions: fx.GraphModule
     """From what the graph takes to what Python asked about."""
@@ -83,9 +84,12 @@ class Recording:
 
     def holds(self, arguments: Sequence[Any]) -> bool:
         """Whether Python would be told the same of these arguments."""
-        found = self.conditions(*arguments)
-        pairs = zip(self.answers, found, strict=True)
-        return all(ask(value) == answer for (ask, answer), value in pairs)
+        try:
+            found = self.conditions(*arguments)
+            pairs = zip(self.answers, found, strict=True)
+            return all(ask(value) == answer for (ask, answer), value in pairs)
+        except Exception:  # sizes that data gave do not fit into what was written down
+            return False
 
     def returned(self, tensors: Sequence[Tensor], values: Sequence[Value]) -> Any:
         """The output of the model, from that of the graph; what it stores is stored."""
@@ -93,9 +97,7 @@ class Recording:
         made = iter(tensors)
         output = pytree.tree_unflatten([next(made) if x is None else x for x in leaves], spec)
         for index, what in self.stored:
-            put = values[index].put
-            assert put is not None
-            put(next(made) if what is None else what)
+            values[index].put(next(made) if what is None else what)
         return output
 
 
@@ -107,19 +109,22 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             takes most of the call, or are floating values.
     """
     before = values_of(model, args, kwargs)
+    key = key_of(model, before)
     recorder = _Recorder(model)
     for given in before:
         if isinstance(given.value, Tensor):
             recorder.take(given.value, given.name)
     with torch.no_grad(), _flex_attention_as_it_is(), recorder.modules(), recorder:
         output = model(*args, **kwargs)
+    stored = _stored(before, values_of(model, args, kwargs))
+    for index, _ in stored:  # the call is made again
+        before[index].put(before[index].value)
     if recorder.left:
         raise CaptureError(
             "a tensor leaves torch in the forward, to numpy, to vmap or as floating values"
         )
-    stored = _stored(before, values_of(model, args, kwargs))
-    recording = recorder.finish(output, stored, key_of(model, before))
-    _check(recording, before, output, type(model).__name__)
+    recording = recorder.finish(output, stored, key)
+    _check(recording, before, [output, *(value for _, value in stored)], type(model).__name__)
     return recording
 
 
@@ -129,9 +134,10 @@ def _stored(before: Sequence[Value], after: Sequence[Value]) -> list[tuple[int, 
         raise CaptureError("the forward changes how an object is built that it is given")
     found = []
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        if old.value is not new.value:
-            if old.put is None:
-                raise CaptureError(f"the forward changes {old.name}, which is given to it")
+        tensors = isinstance(old.value, Tensor) or isinstance(new.value, Tensor)
+        if old.value is not new.value and (tensors or old.value != new.value):
+            if not isinstance(new.value, Tensor) and not is_plain(new.value):
+                raise CaptureError(f"the forward leaves a {type(new.value).__name__} in {new.name}")
             found.append((index, new.value))
     return found
 
@@ -147,13 +153,13 @@ def _flex_attention_as_it_is() -> Iterator[None]:
         flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
 
 
-def _check(recording: Recording, given: Sequence[Value], output: Any, name: str) -> None:
-    """The graph has to give what the call gave, bit by bit."""
+def _check(recording: Recording, given: Sequence[Value], made: Any, name: str) -> None:
+    """The graph has to give what the call gave and stored, bit by bit."""
     arguments = recording.arguments(given)
     with torch.no_grad():
         same = recording.holds(arguments)
         found = recording.gm(*arguments) if same else ()
-    expected = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    expected = [x for x in pytree.tree_leaves(made) if isinstance(x, Tensor)]
     if not same or not all(map(torch.equal, found, expected)):
         raise CaptureError(
             f"a call of {name} was recorded, and the recording gives something else (random "
@@ -179,8 +185,12 @@ class _Recorder(TorchFunctionMode):
         self._owners = {
             id(value): (owner, name)
             for owner in model.modules()
-            for name, value in (*owner._parameters.items(), *owner._buffers.items())
-            if value is not None
+            for name, value in (
+                *owner._parameters.items(),
+                *owner._buffers.items(),
+                *vars(owner).items(),
+            )
+            if isinstance(value, Tensor)
         }
         self._paths = {id(m): path for path, m in model.named_modules()}
         self._thread = threading.get_ident()
@@ -275,7 +285,7 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), self._fakes, torch.no_grad():
             try:
                 func(*pytree.tree_map(fake, args), **pytree.tree_map(fake, dict(kwargs)))
-            except DynamicOutputShapeException:
+            except (DynamicOutputShapeException, DataDependentOutputException):
                 return True
             except Exception:  # what fakes cannot do else
                 return False
@@ -379,18 +389,15 @@ def _needed(graph: fx.Graph, asked: set[fx.Node]) -> set[fx.Node]:
     """What the asked nodes are computed from; and what writes to that."""
     writers: dict[fx.Node, list[fx.Node]] = collections.defaultdict(list)
     for node in graph.nodes:
-        target = node.args[0] if node.args else None
-        writes = node.target in (operator.setitem, operator.iadd, operator.imul, operator.isub)
-        method = node.op == "call_method" and str(node.target).endswith("_")
-        if isinstance(target, fx.Node) and (writes or method):
-            writers[target].append(node)
+        if (target := mutated(node)) is not None:
+            writers[owner_of(target)].append(node)
     found: set[fx.Node] = set()
     pending = list(asked)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += [*node.all_input_nodes, *writers[node]]
+            pending += [*node.all_input_nodes, *writers[owner_of(node)]]
     return found
 
 

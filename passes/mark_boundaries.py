@@ -13,7 +13,7 @@ from torch import fx
 
 from cachepass.errors import CaptureError
 from cachepass.ir.boundary import Layout, Place, place_of
-from cachepass.ir.graph import CONTEXTS, called, module_paths, mutated, value_of
+from cachepass.ir.graph import called, contexts, module_paths, mutated, value_of
 from cachepass.ir.sublayers import attention_key, find_sublayers, ndim
 from cachepass.pass_manager import PassResult
 
@@ -193,21 +193,12 @@ def _from_line(graph: fx.Graph) -> str:
 
 def _keep_pairs_together(nodes: Sequence[fx.Node]) -> None:
     """The two ends of a context and what stands between them belong to one block."""
-    entered: list[tuple[str, list[fx.Node]]] = []
-    for node in nodes:
-        name = called(node)
-        leaves = bool(entered) and name == CONTEXTS[entered[-1][0]]
-        if name in CONTEXTS and not leaves:
-            entered.append((name, []))
-        for _, inside in entered:
-            inside.append(node)
-        if leaves:
-            _, inside = entered.pop()
-            # The ends themselves may belong to no module.
-            places = dict.fromkeys(p for n in inside if (p := place_of(n)) is not None)
-            if len(places) == 1:
-                for n in inside:
-                    n.meta.setdefault("place", *places)
+    for inside in contexts(nodes):
+        # The ends themselves may belong to no module.
+        places = dict.fromkeys(p for n in inside if (p := place_of(n)) is not None)
+        if len(places) == 1:
+            for n in inside:
+                n.meta.setdefault("place", *places)
 
 
 def _leave_out_shares(

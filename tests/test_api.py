@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,13 @@ def test_the_backend_names_unknown_options() -> None:
     )
     with pytest.raises(Exception, match="unknown policy 'nocache'"), torch.no_grad():
         cached(**TOY.example())
+
+
+def test_a_wrapper_has_the_class_of_its_model_and_is_not_copied() -> None:
+    model = TOY.model()
+    cached = cachepass.compile(model, policy="compute", inner="eager")
+    assert cached.__class__ is type(model)
+    assert isinstance(cached, type(model))
+    for copied in (copy.copy, copy.deepcopy):
+        with pytest.raises(cachepass.CachePassError, match="copy the module that was compiled"):
+            copied(cached)

@@ -32,6 +32,41 @@ def test_what_a_model_logs_is_left_out() -> None:
         assert torch.equal(cached(**TOY.example()), model(**TOY.example()))
 
 
+def _halved(part: Tensor) -> None:
+    part /= 2
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "an operator": _halved,
+    "a method": lambda part: part.mul_(3),
+    "a function": lambda part: torch.relu_(part),
+    "an argument": lambda part: nn.functional.relu(part, True),
+    "a keyword": lambda part: nn.functional.elu(part, inplace=True),
+    "an output": lambda part: torch.sin(part, out=part),
+}
+
+
+class Writing(ToyDiT):
+    def __init__(self, write: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x = x * 1
+        self.write(x[:, :2].view(len(x), 2, 8, 8))
+        return super().forward(x, t, y)
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("lowering", ["regions", "graph"])
+def test_what_writes_stays(lowering: Any, how: str) -> None:
+    """Nobody uses the result."""
+    model = Writing(WRITES[how]).eval()
+    cached: Any = cachepass.compile(model, policy="compute", inner="eager", lowering=lowering)
+    with torch.no_grad():
+        assert torch.equal(cached(**TOY.example()), model(**TOY.example()))
+
+
 class Hook:
     """Learns at the first call what its module's arguments are called, as diffusers' hooks do."""
 

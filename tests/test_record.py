@@ -155,6 +155,83 @@ def test_objects_are_read_and_written() -> None:
     assert cachepass.report(cached).to_dict()["compiles"]["graphs"] == 3
 
 
+class Accumulating(Choosing):
+    """Adds up what it was given, so that a call made twice would show."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, y: Tensor, memory: Memory
+    ) -> Tensor:
+        before = memory.layers[0]["kept"]
+        memory.layers[0]["kept"] = x.mean() if before is None else before + x.mean()
+        return super().forward(x if before is None else x + before, t, y)
+
+
+def test_what_a_call_stores_it_stores_once() -> None:
+    torch.manual_seed(0)
+    model = Accumulating().eval()
+    cached, mine, theirs = _cached(model), Memory(), Memory()
+    for step in range(4):
+        with torch.no_grad():
+            expected = model(**_given(3, seed=step), memory=theirs)
+        assert torch.equal(cached(**_given(3, seed=step), memory=mine), expected)
+
+
+class Hinted(Choosing):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, hints: Any = None) -> Tensor:
+        if hints is not None:
+            x = 3 * x
+        for scale, hint in enumerate(hints or ()):
+            x = x + scale * hint
+        return super().forward(x, t, y)
+
+
+def test_calls_of_another_structure_are_captured_anew() -> None:
+    torch.manual_seed(0)
+    model = Hinted().eval()
+    cached = _cached(model)
+    one, other = torch.ones(1, 3, 8, 8), torch.full((1, 3, 8, 8), 2.0)
+    for hints in ([], None, [one], (one,), [one, one], [one, other], [other, other]):
+        with torch.no_grad():
+            expected = model(**_given(3), hints=hints)
+        assert torch.equal(cached(**_given(3), hints=hints), expected)
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def __call__(self) -> Any:
+        return self.kept
+
+
+class Asking(Choosing):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, t: Tensor, y: Tensor, source: Slotted
+    ) -> Tensor:
+        return super().forward(x * source().sum().item().__int__(), t, y)
+
+
+def test_objects_of_every_build_are_opened() -> None:
+    torch.manual_seed(0)
+    model = Asking().eval()
+    cached = _cached(model)
+    for number in (1, 2, 1):
+        source = Slotted(torch.tensor([number, 0]))
+        with torch.no_grad():
+            expected = model(**_given(3), source=source)
+        assert torch.equal(cached(**_given(3), source=source), expected)
+
+
+def test_what_nobody_can_look_into_is_refused() -> None:
+    given = _given(3) | {"hints": torch.ones(2).numpy()}
+    with pytest.raises(
+        cachepass.CaptureError, match=r"hints is a ndarray: .* Give the model tensors"
+    ):
+        record(Hinted().eval(), (), given)
+
+
 class Growing(Choosing):
     def forward(  # type: ignore[override]
         self, x: Tensor, t: Tensor, y: Tensor, memory: Memory

@@ -7,9 +7,10 @@ those attributes where the nodes that name them are, so that passes need not car
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -28,7 +29,26 @@ CONTEXTS = {
 }
 """How capture writes contexts that something runs in: two operations, by name."""
 
-_MUTATING_FUNCTIONS = frozenset({operator.setitem, operator.iadd, operator.imul, operator.isub})
+
+def contexts(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
+    """Each context: its two ends and what stands between them."""
+    entered: list[tuple[str, list[fx.Node]]] = []
+    for node in nodes:
+        name = called(node)
+        leaves = bool(entered) and name == CONTEXTS[entered[-1][0]]
+        if name in CONTEXTS and not leaves:
+            entered.append((name, []))
+        for _, inside in entered:
+            inside.append(node)
+        if leaves:
+            yield entered.pop()[1]
+
+
+_MUTATING_FUNCTIONS = frozenset({
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
+    operator.ixor, operator.ilshift, operator.irshift,
+})  # fmt: skip
 
 
 def is_frame_op(node: fx.Node) -> bool:
@@ -49,16 +69,29 @@ def is_item(node: fx.Node) -> bool:
 def mutated(node: fx.Node) -> fx.Node | None:
     """The node whose memory this one writes to, if any."""
     if node.op == "call_function":
-        if node.target in _MUTATING_FUNCTIONS:
-            return _as_node(node.args[0])
-        if node.kwargs.get("inplace") is True:
+        place = _place_of_inplace(node.target)
+        positional = node.args[place] if place is not None and place < len(node.args) else False
+        in_place = node.target in _MUTATING_FUNCTIONS or _in_place_by_name(node)
+        if in_place or positional is True or node.kwargs.get("inplace") is True:
             return _as_node(node.args[0] if node.args else node.kwargs.get("input"))
         return _as_node(node.kwargs.get("out"))
-    if node.op == "call_method":
-        name = str(node.target)
-        if name.endswith("_") and not name.endswith("__"):
-            return _as_node(node.args[0])
+    if node.op == "call_method" and _in_place_by_name(node):
+        return _as_node(node.args[0])
     return None
+
+
+def _in_place_by_name(node: fx.Node) -> bool:
+    name = called(node)
+    return name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # builtins tell none
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def acts(node: fx.Node) -> bool:
@@ -90,7 +123,7 @@ def is_view(node: fx.Node) -> bool:
     return called(node) in _VIEWS and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
-def owner(node: fx.Node) -> fx.Node:
+def owner_of(node: fx.Node) -> fx.Node:
     """Whose memory a chain of views shows."""
     while is_view(node):
         node = node.args[0]  # type: ignore[assignment]

@@ -12,7 +12,16 @@ import torch
 from torch import fx
 
 from cachepass.ir.boundary import Kind, Sublayer, place_of
-from cachepass.ir.graph import called, is_view, module_paths, mutated, owner, same_shape, value_of
+from cachepass.ir.graph import (
+    called,
+    contexts,
+    is_view,
+    module_paths,
+    mutated,
+    owner_of,
+    same_shape,
+    value_of,
+)
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
 _ATTENTION = frozenset(
@@ -86,9 +95,9 @@ def _behind(residual: fx.Node, nodes: Sequence[fx.Node], sums: set[fx.Node]) -> 
 
 def _strip(node: fx.Node, inside: set[fx.Node]) -> fx.Node:
     """What a stream is before it was cast, normalized (behind a sum) or masked."""
-    while node in inside:
+    while node in inside and node.args:
         name = called(node)
-        masked = name == "mul" and len(node.all_input_nodes) == 2 and _is_mask(node.args[1])
+        masked = name == "mul" and len(node.args) == 2 and _is_mask(node.args[1])
         if not masked and name not in _NORMS and (name not in _CASTS or node.op != "call_method"):
             break
         node = node.args[0]  # type: ignore[assignment]
@@ -187,7 +196,7 @@ def _before(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    """Nodes that serve the residual alone."""
+    """Nodes that serve the residual alone; none if they would leave a context without its ends."""
     cone = {residual}
     if len(residual.users) != 1:
         return ()
@@ -196,12 +205,17 @@ def _cone(residual: fx.Node, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
             continue
         written = mutated(node)
         if written is not None and not node.users:
-            own = owner(written)
+            own = owner_of(written)
             readers = [u for u in _touching(own) if mutated(u) is None and not is_view(u)]
             if own in nodes and readers and all(u in cone for u in readers):
                 cone.add(node)
         elif node.users and all(u in cone for u in node.users):
             cone.add(node)
+    for first, *between, last in contexts(nodes):
+        if not cone.isdisjoint(between):
+            if not cone.issuperset(between):
+                return ()
+            cone |= {first, last}
     # Items are taken where their tuple is made: a tuple is no operand of a region.
     return tuple(n for n in nodes if n in cone and not (_takes_item(n) and n.args[0] not in cone))
 

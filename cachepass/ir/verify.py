@@ -10,7 +10,7 @@ from torch import fx
 from cachepass.errors import VerifyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import CONTEXTS, called, mutated, owner, walk
+from cachepass.ir.graph import CONTEXTS, called, contexts, mutated, owner_of, walk
 
 _RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
                      torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip
@@ -153,15 +153,15 @@ def _check_operands(node: fx.Node) -> None:
 
 def _check_region(region: fx.GraphModule, name: str) -> None:
     """A region writes to no argument of its own and splits no context pair."""
-    open_contexts = 0
+    ends = 0
     for node in region.graph.nodes:
         target = mutated(node)
-        base = owner(target) if target is not None else None
+        base = owner_of(target) if target is not None else None
         if base is not None and base.op == "placeholder":
             raise VerifyError(
                 f"region {name!r} writes to its argument {base.name!r} ({node.name}): the "
                 "memory is shared with another region"
             )
-        open_contexts += (called(node) in CONTEXTS) - (called(node) in CONTEXTS.values())
-    if open_contexts:
+        ends += called(node) in CONTEXTS or called(node) in CONTEXTS.values()
+    if ends != 2 * len(list(contexts(region.graph.nodes))):
         raise VerifyError(f"region {name!r} opens or closes a context without its other half")

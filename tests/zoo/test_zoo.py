@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+import cachepass
 from benchmarks.coverage.check import check
 from benchmarks.coverage.loops import called_in_loops, transformer_classes
 from benchmarks.coverage.page import POLICIES
+from tests.models import distance
 from tests.zoo import ZOO
 
 # One each of: recorded as it chooses by data, video and sound at once, latents in a list.
@@ -35,3 +38,26 @@ def test_a_class(name: str) -> None:
         result = told["policies"][policy]
         assert result.get("exact"), (policy, result)
         assert result["late"] == 0
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_sublayers_of_a_class(name: str) -> None:
+    """What is skipped in one step is missed there, and nowhere else."""
+    torch.compiler.reset()
+    entry = ZOO[name]
+    sites = cachepass.explain(entry.model(), entry.call()).to_dict()["sites"]
+    names = tuple(site for site in ("attention", "mlp") if site in sites)
+    assert names
+    policy = cachepass.Schedule(reuse={1: names})
+    model, cached = entry.model(), cachepass.compile(entry.model(), policy=policy, inner="eager")
+    session = cachepass.session(cached, num_inference_steps=3)
+    distances = []
+    for step in range(3):
+        given, same = entry.call(step, 3), entry.call(step, 3)  # some write to what they are given
+        with session.at(step=step), torch.no_grad():
+            pairs = zip(*map(tree_leaves, (cached(**given), model(**same))), strict=True)
+        distances.append(max(distance(a, b) for a, b in pairs if isinstance(a, torch.Tensor)))
+    before, skipped, after = distances
+    assert max(before, after) < 1e-5 < skipped < 1

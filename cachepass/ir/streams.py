@@ -2,12 +2,14 @@
 
 Shapes do not tell streams apart: a condition, a hint or a text may well have the shape of the
 image. But a block adds to its stream, so from where the stream leaves a way back over
-sums ends where it enters.
+sums ends where it enters. Text and image may run as one on the way.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -16,6 +18,9 @@ from cachepass.ir.graph import called, is_item, same_shape
 
 Ways = dict[fx.Node, int]
 """From where a value is reached over sums alone, and over how many at most."""
+
+Joined = list[tuple[fx.Node, Ways]]
+"""The parts of a concatenation, each with its ways."""
 
 _SUMS = frozenset({"add", "iadd", "add_"})
 _SAME = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous", "clone", "dropout"})
@@ -38,22 +43,46 @@ def _ways(
     gm: fx.GraphModule, nodes: Iterable[fx.Node], entering: Sequence[fx.Node]
 ) -> dict[fx.Node, Ways]:
     ways: dict[fx.Node, Ways] = {node: {node: 0} for node in entering}
-    parts: dict[fx.Node, list[Ways]] = {}
+    results: dict[fx.Node, list[Ways]] = {}
+    joined: dict[fx.Node, Joined] = {}
     for node in nodes:
         if node in ways:
             continue
+        source = node.args[0] if node.args else None
         if node.op == "call_module" or node.target is ops.conditional:
-            parts[node] = _through(gm, node, ways)
+            results[node] = _through(gm, node, ways)
         elif is_item(node):
-            source, index = node.args[0], node.args[1]
-            ways[node] = parts[source][index] if source in parts else {}  # type: ignore[index]
+            ways[node] = results[source][node.args[1]] if source in results else {}  # type: ignore[index]
+        elif called(node) in ("cat", "concat"):
+            joined[node] = [(part, ways.get(part, {})) for part in node.all_input_nodes]
+        elif node.target is operator.getitem and source in joined:
+            ways[node] = _part(node, joined[source])  # type: ignore[index]
         else:
-            found: Ways = {}
-            for term, length in _terms(node):
-                for origin, before in ways.get(term, {}).items():
-                    found[origin] = max(found.get(origin, 0), before + length)
-            ways[node] = found
+            terms = _terms(node)
+            ways[node] = _longest((ways.get(term, {}), length) for term, length in terms)
+            for term, length in terms:
+                if term in joined:
+                    joined[node] = [(p, _longest([(w, length)])) for p, w in joined[term]]
     return ways
+
+
+def _longest(found: Iterable[tuple[Ways, int]]) -> Ways:
+    """Ways that go on, each by some length."""
+    ways: Ways = {}
+    for before, length in found:
+        for origin, way in before.items():
+            ways[origin] = max(ways.get(origin, 0), way + length)
+    return ways
+
+
+def _part(node: fx.Node, parts: Joined) -> Ways:
+    """Of the first or the last of several that run as one, where a slice takes it out again."""
+    index: Any = node.args[1]
+    cuts = [i for i in (index if isinstance(index, tuple) else (index,)) if i != slice(None)]
+    if len(cuts) != 1 or not isinstance(cuts[0], slice):
+        return {}
+    part, ways = parts[0] if cuts[0].start in (None, 0) else parts[-1]
+    return ways if _alike(part, node) else {}
 
 
 def _through(gm: fx.GraphModule, call: fx.Node, ways: dict[fx.Node, Ways]) -> list[Ways]:
@@ -71,11 +100,8 @@ def _through(gm: fx.GraphModule, call: fx.Node, ways: dict[fx.Node, Ways]) -> li
     outer = dict(zip(taken, operands, strict=True))
     results = []
     for output in part.graph.output_node().args[0]:  # type: ignore[union-attr]
-        found: Ways = {}
-        for placeholder, length in inner.get(output, {}).items():  # type: ignore[arg-type]
-            for origin, before in ways.get(outer[placeholder], {}).items():
-                found[origin] = max(found.get(origin, 0), before + length)
-        results.append(found)
+        lengths = inner.get(output, {}).items()  # type: ignore[arg-type]
+        results.append(_longest((ways.get(outer[p], {}), length) for p, length in lengths))
     return results
 
 

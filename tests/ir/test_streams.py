@@ -49,6 +49,24 @@ def test_scaled_sums_go_on_from_their_first_operand() -> None:
     assert found[out] == [x]
 
 
+def test_streams_that_run_as_one_for_a_while() -> None:
+    graph, (text, image) = _graph("text image")
+    both = graph.call_function(torch.cat, ([text, image],), {"dim": 1})
+    both = graph.call_function(operator.add, (both, graph.call_function(torch.relu, (both,))))
+    every = slice(None)
+    first = graph.call_function(operator.getitem, (both, (every, slice(None, 3))))
+    last = graph.call_function(operator.getitem, (both, (every, slice(-3, None), every)))
+    middle = graph.call_function(operator.getitem, (both, (every, slice(1, 4))))
+    for node in graph.nodes:
+        node.meta["example_value"] = torch.zeros(1, 6 if node.op == "call_function" else 3, 2)
+    for node in (first, last):
+        node.meta["example_value"] = torch.zeros(1, 3, 2)
+    found = stream_origins(fx.GraphModule(nn.Module(), graph), graph.nodes, [text, image])
+    assert found[first] == [text]
+    assert found[last] == [image]
+    assert middle not in found
+
+
 def test_regions_and_conditionals_are_looked_into() -> None:
     inner, (a, b) = _graph("a b")
     swapped = (inner.call_function(operator.add, (b, b)), inner.call_function(torch.relu, (a,)))

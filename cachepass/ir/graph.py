@@ -81,8 +81,8 @@ def mutated(node: fx.Node) -> fx.Node | None:
 
 
 def _in_place_by_name(node: fx.Node) -> bool:
-    name = called(node)
-    return name.endswith("_") and not name.endswith("__")
+    name, python = called(node), getattr(node.target, "__module__", "") == "_operator"
+    return name.endswith("_") and not name.endswith("__") and not python  # operator.and_ is none
 
 
 @functools.cache

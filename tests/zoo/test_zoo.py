@@ -13,6 +13,11 @@ from benchmarks.coverage.page import POLICIES
 from tests.models import distance
 from tests.zoo import ZOO
 
+# What models of diffusers say on their way.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+)
+
 # One each of: recorded as it chooses by data, video and sound at once, latents in a list.
 QUICK = (
     "HunyuanVideo15Transformer3DModel", "LTX2VideoTransformer3DModel", "ZImageTransformer2DModel",
@@ -24,7 +29,6 @@ def test_every_class_of_a_loop_has_an_entry() -> None:
     assert ZOO.keys() <= transformer_classes().keys()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in ZOO],
@@ -41,7 +45,6 @@ def test_a_class(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ZOO)
 def test_sublayers_of_a_class(name: str) -> None:
     """What is skipped in one step is missed there, and nowhere else."""

@@ -227,6 +227,9 @@ class _Writer:
                 env[node] = env[node.args[0]][node.args[1]]
             elif node.target is operator.setitem and not isinstance(node.args[2], fx.Node):
                 env[node] = scope.call(tensors.set_number, *fx.map_arg(node.args, env.__getitem__))
+            elif node.target in (torch.tensor, torch.as_tensor) and not node.all_input_nodes:
+                # Constants: an arm has no room for any.
+                env[node] = self.root.graph.node_copy(node)
             elif node.target in self.do:
                 env[node] = self.do[node.target](scope, *_args(node, env))
             else:

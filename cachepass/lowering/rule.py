@@ -68,8 +68,8 @@ def own(value: Tensor) -> Tensor:
 def set_number(value: Tensor, index: Any, number: float) -> None:
     """``value[index] = number``, which makes a constant of it: an arm has no room for any."""
     places = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(place, Tensor) for place in places):
-        value[index] = number  # what that gives is no view
+    if any(isinstance(place, Tensor) for place in places):  # what that gives is no view
+        value[index] = value.new_full((), number)
     else:
         value[index].fill_(number)
 

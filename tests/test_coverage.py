@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage.check import POLICIES, check
+from benchmarks.coverage.check import POLICIES, ROOM, check, in_a_line
 from benchmarks.coverage.loops import called_in_loops, transformer_classes
 from benchmarks.coverage.page import page
 from tests.models import TOY
@@ -62,3 +62,9 @@ def _page(found: dict[str, Any]) -> list[str]:
 
 def test_every_policy_of_the_table_is_checked() -> None:
     assert {"compute", "firstblock", "mixcache", "adacache", "dbcache"} <= POLICIES.keys()
+
+
+def test_reasons_name_files_without_their_folders() -> None:
+    text = 'At /home/me/lib/a.py:3 in f\n(`x / y`): "/tmp/x/b.cpp", https://x.org/c/d'
+    assert in_a_line(text) == 'At a.py:3 in f (`x / y`): "b.cpp", https://x.org/c/d'
+    assert len(in_a_line("word " * 200)) == ROOM

@@ -65,7 +65,7 @@ def _check(name: str, compiled: bool) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {LIMIT} s"}
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        return {"error": check.in_a_line(done.stderr.strip().splitlines()[-1])}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +44,9 @@ POLICIES: dict[str, NamedPolicy] = {
     "adacache": cachepass.AdaCache(codebook=((1e9, 2),), predictor=cachepass.Reuse()),
     "dbcache": cachepass.DBCache(front=1, threshold=1e9, warmup_steps=2),
 }
+
+ROOM = 300
+"""Characters of a reason."""
 
 LOWERED = cachepass.Schedule(reuse={1: "step", 3: "block"})
 """What every lowering is asked for."""
@@ -141,8 +145,13 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return in_a_line(f"{type(error).__name__}: {error}")
+
+
+def in_a_line(text: str) -> str:
+    """An error's text in a line: files by their bare names, as far as a table has room."""
+    line = re.sub(r"(?<![\w:/])(?:/[^\s/\"']+)+/", "", " ".join(text.split()))
+    return line if len(line) < ROOM else f"{line[: ROOM - 3]}..."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

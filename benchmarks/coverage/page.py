@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.coverage.check import in_a_line
 from benchmarks.coverage.loops import Calls
 from tests.zoo import ZOO
 
@@ -127,8 +128,7 @@ def _cell(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.replace("|", "/")
-    return text if len(text) < 300 else f"{text[:297]}..."
+    return in_a_line(text.replace("|", "/"))
 
 
 def _line(cells: Any) -> str:

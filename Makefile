@@ -48,7 +48,7 @@ bench-rows: $(READY) ## measure decisions for each row and continuous batching: 
 bench-moe: $(READY) ## measure routed experts as one operation, on a GPU too where there is one
 	$(PY) -m benchmarks.moe
 
-coverage-models: $(READY) ## check all transformers of diffusers, write docs/models.md: an hour
+coverage-models: $(READY) ## check all transformers of diffusers, write docs/models.md: half an hour
 	$(PY) -m benchmarks.coverage
 
 frontier: $(READY) ## measure every policy over a range of its main knob: about an hour

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import enum
 import functools
-import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,9 +49,16 @@ class Value:
         self._put(value)
 
 
-def values_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Value]:
-    """All values of a call, in one order for calls of one structure; the first is the structure."""
-    parameters = tuple(inspect.signature(model.forward).parameters)
+def values_of(
+    parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Value]:
+    """All values of a call, in one order for calls of one structure; the first is the structure.
+
+    Args:
+        parameters: names of the forward's parameters, for arguments passed by position.
+        args: of the call.
+        kwargs: of the call.
+    """
     leaves, spec = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
     found, seen = [Value("", str(spec))], dict[int, str]()
     for path, leaf in leaves:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from cachepass.arguments import values_of
 from cachepass.errors import CaptureError
 from cachepass.ir.graph import acts, called, drop_unused, module_paths, value_of
-from cachepass.record import record
+from cachepass.record import Recording, record, record_or_none
 
 FAILURES = (Unsupported, UserError)
 """What dynamo raises for a call that it cannot capture."""
@@ -131,7 +131,7 @@ def capture_call(
             torch._dynamo.maybe_mark_dynamic(given[name], dimension)
     # Open is what was asked for, whatever sizes dynamo has seen before.
     fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
-    recorded: tuple[fx.GraphModule, tuple[Any, ...]] | None = None
+    recorded: Recording | None = None
     marked = "_is_torch_compile" in vars(model)
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
     try:
@@ -139,17 +139,17 @@ def capture_call(
             try:
                 compiled(**given)
             except FAILURES:
-                recorded = _recorded_unless_it_fails(model, inputs)
+                recorded = record_or_none(model, (), inputs)
                 # That was a plain call: see `CachedModule`.
                 with logging_ignored():
                     compiled(**given)
     except _Captured:
         return found[0]
     except FAILURES as error:
-        recorded = recorded or _recorded_unless_it_fails(model, inputs)
+        recorded = recorded or record_or_none(model, (), inputs)
         if recorded is None:
             raise explain_failure(error, type(model).__name__) from error
-        return recorded
+        return _as_captured(recorded, parameters, inputs)
     finally:
         if not marked:  # torch.compile leaves a flag on the user's module
             vars(model).pop("_is_torch_compile", None)
@@ -160,17 +160,15 @@ def recorded_call(
     model: nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, tuple[Any, ...]]:
     """As `capture_call`, of a call that is made: all sizes are known (see `cachepass.record`)."""
-    recording = record(model, (), inputs)
-    gm = own_graph(recording.gm, tuple(inspect.signature(model.forward).parameters))
-    return gm, tuple(recording.arguments(values_of(model, (), inputs)))
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    return _as_captured(record(model, (), inputs), parameters, inputs)
 
 
-def _recorded_unless_it_fails(
-    model: nn.Module, inputs: Mapping[str, Any]
-) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
-    with contextlib.suppress(Exception):  # dynamo's error has a reason and a line
-        return recorded_call(model, inputs)
-    return None
+def _as_captured(
+    recording: Recording, parameters: Sequence[str], inputs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    values = values_of(parameters, (), inputs)
+    return own_graph(recording.gm, parameters), tuple(recording.arguments(values))
 
 
 def sized_by_data(gm: fx.GraphModule) -> bool:

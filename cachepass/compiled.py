@@ -27,7 +27,7 @@ from cachepass.errors import CachePassError, CaptureError
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.lowering.regions import RegionCompiler
 from cachepass.moe.shadow import Shadow
-from cachepass.record import Recording, record
+from cachepass.record import Recording, record, record_or_none
 from cachepass.runtime.batch import in_front
 from cachepass.runtime.denoiser import HINT, Denoiser, Hint
 from cachepass.runtime.guidance import (
@@ -63,6 +63,7 @@ class CachedModule(OptimizedModule):
     _recordings: list[tuple[Recording, Program]]
     _backend: Callable[[fx.GraphModule, Sequence[Any]], Program]
     _marked: WeakTensorKeyDictionary
+    _names: Sequence[str]
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class CachedModule(OptimizedModule):
         vars(self).update(
             denoiser=denoiser, clocked=[denoiser], dynamic=dynamic, guidance=guidance,
             lowering=lowering, shadow=shadow, _capturing=capturing, forward=compiled.forward,
-            _marked=WeakTensorKeyDictionary(), _recordings=[], _backend=backend,
+            _marked=WeakTensorKeyDictionary(), _recordings=[], _backend=backend, _names=parameters,
         )  # fmt: skip
         if not marked:
             vars(model).pop("_is_torch_compile", None)
@@ -182,7 +183,7 @@ class CachedModule(OptimizedModule):
             if not self._recordings:
                 return super().__call__(*args, **kwargs)
         except capture.FAILURES:
-            recording = self._recorded(args, kwargs)
+            recording = record_or_none(self.shadow.module, args, kwargs)
             # That was a plain call. Some models build tables (of rotary frequencies) in their
             # first one, by code that cannot be captured, and find them there in the second.
             # So do hooks on modules. What is logged is left out of the graph.
@@ -191,25 +192,19 @@ class CachedModule(OptimizedModule):
                     return super().__call__(*args, **kwargs)
             except capture.FAILURES:
                 hooks.refuse_layers(self._orig_mod)
-                recording = recording or self._recorded(args, kwargs)
+                recording = recording or record_or_none(self.shadow.module, args, kwargs)
                 if recording is None:
                     raise
-                self._keep(recording, values_of(self.shadow.module, args, kwargs))
+                self._keep(recording, values_of(self._names, args, kwargs))
         except BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, capture.SizedByDataError):
                 raise
         return self._replayed(args, kwargs)
 
-    def _recorded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording | None:
-        """A recording; None where that fails, as dynamo's error has a reason and a line."""
-        with contextlib.suppress(Exception):
-            return record(self.shadow.module, args, kwargs)
-        return None
-
     def _replayed(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The call by a recording that holds for it, made now if there is none."""
         model = self.shadow.module
-        values = values_of(model, args, kwargs)
+        values = values_of(self._names, args, kwargs)
         key = key_of(model, values)
         with self.denoiser.lock:
             fitting = (pair for pair in self._recordings if pair[0].key == key)

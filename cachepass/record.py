@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import inspect
 import operator
 import re
 import threading
@@ -108,7 +109,8 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         CaptureError: what was written down does not give what the call gave, or what is chosen by
             takes most of the call, or are floating values.
     """
-    before = values_of(model, args, kwargs)
+    parameters = tuple(inspect.signature(model.forward).parameters)
+    before = values_of(parameters, args, kwargs)
     key = key_of(model, before)
     recorder = _Recorder(model)
     for given in before:
@@ -116,7 +118,7 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
             recorder.take(given.value, given.name)
     with torch.no_grad(), _flex_attention_as_it_is(), recorder.modules(), recorder:
         output = model(*args, **kwargs)
-    stored = _stored(before, values_of(model, args, kwargs))
+    stored = _stored(before, values_of(parameters, args, kwargs))
     for index, _ in stored:  # the call is made again
         before[index].put(before[index].value)
     if recorder.left:
@@ -126,6 +128,15 @@ def record(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     recording = recorder.finish(output, stored, key)
     _check(recording, before, [output, *(value for _, value in stored)], type(model).__name__)
     return recording
+
+
+def record_or_none(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Recording | None:
+    """As `record`; None where that fails: the error of dynamo that led here has a line."""
+    with contextlib.suppress(Exception):
+        return record(model, args, kwargs)
+    return None
 
 
 def _stored(before: Sequence[Value], after: Sequence[Value]) -> list[tuple[int, Any]]:

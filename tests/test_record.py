@@ -98,7 +98,7 @@ def test_a_recording_is_the_model(name: str) -> None:
     model, first = tiny.model(), tiny.example(1)
     second = first | {"hidden_states": tiny.example(2)["hidden_states"]}
     recording = record(model, (), first)
-    values = values_of(model, (), second)
+    values = values_of(tuple(second), (), second)
     tensors = recording.arguments(values)
     assert recording.holds(tensors)
     with torch.no_grad():

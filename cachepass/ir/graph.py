@@ -44,6 +44,11 @@ def contexts(nodes: Iterable[fx.Node]) -> Iterator[list[fx.Node]]:
             yield entered.pop()[1]
 
 
+def is_end(node: fx.Node) -> bool:
+    """Whether a context begins or ends here."""
+    return called(node) in CONTEXTS or called(node) in CONTEXTS.values()
+
+
 _MUTATING_FUNCTIONS = frozenset({
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
@@ -96,8 +101,7 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
 
 def acts(node: fx.Node) -> bool:
     """Whether a node is there for more than its value; fx knows of few that are."""
-    ends = called(node) in CONTEXTS or called(node) in CONTEXTS.values()
-    return ends or mutated(node) is not None or bool(node.is_impure())
+    return is_end(node) or mutated(node) is not None or bool(node.is_impure())
 
 
 def drop_unused(graph: fx.Graph, needed: Callable[[fx.Node], bool]) -> None:
@@ -128,6 +132,11 @@ def owner_of(node: fx.Node) -> fx.Node:
     while is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def joins(node: fx.Node) -> bool:
+    """Whether a node puts several values together as one."""
+    return called(node) in ("cat", "concat")
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from cachepass.ir import ops
-from cachepass.ir.graph import called, is_item, same_shape
+from cachepass.ir.graph import called, is_item, joins, same_shape
 
 Ways = dict[fx.Node, int]
 """From where a value is reached over sums alone, and over how many at most."""
@@ -53,7 +53,7 @@ def _ways(
             results[node] = _through(gm, node, ways)
         elif is_item(node):
             ways[node] = results[source][node.args[1]] if source in results else {}  # type: ignore[index]
-        elif called(node) in ("cat", "concat"):
+        elif joins(node):
             joined[node] = [(part, ways.get(part, {})) for part in node.all_input_nodes]
         elif node.target is operator.getitem and source in joined:
             ways[node] = _part(node, joined[source])  # type: ignore[index]

@@ -16,6 +16,7 @@ from cachepass.ir.graph import (
     called,
     contexts,
     is_view,
+    joins,
     module_paths,
     mutated,
     owner_of,
@@ -111,8 +112,7 @@ def _is_mask(node: object) -> bool:
 
 def _joins(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether several streams enter the block here, as one."""
-    name = called(node)
-    return name in ("cat", "concat") and not inside & set(node.all_input_nodes)
+    return joins(node) and not inside & set(node.all_input_nodes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _spine(output: fx.Node, inside: set[fx.Node]) -> _Spine:
 
 def _parted(node: fx.Node, inside: set[fx.Node]) -> tuple[fx.Node, list[_Spine]] | None:
     """Of a stream that was cut and is put together here: the whole, and the ways of its parts."""
-    if called(node) not in ("cat", "concat") or not set(node.all_input_nodes) <= inside:
+    if not joins(node) or not set(node.all_input_nodes) <= inside:
         return None
     parts = [_spine(part, inside) for part in node.all_input_nodes]
     starts = [s.stream or part for s, part in zip(parts, node.all_input_nodes, strict=True)]

@@ -10,7 +10,7 @@ from torch import fx
 from cachepass.errors import VerifyError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout
-from cachepass.ir.graph import CONTEXTS, called, contexts, mutated, owner_of, walk
+from cachepass.ir.graph import contexts, is_end, mutated, owner_of, walk
 
 _RANDOM = frozenset({torch.rand, torch.randn, torch.randint, torch.rand_like, torch.randn_like,
                      torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip
@@ -162,6 +162,6 @@ def _check_region(region: fx.GraphModule, name: str) -> None:
                 f"region {name!r} writes to its argument {base.name!r} ({node.name}): the "
                 "memory is shared with another region"
             )
-        ends += called(node) in CONTEXTS or called(node) in CONTEXTS.values()
+        ends += is_end(node)
     if ends != 2 * len(list(contexts(region.graph.nodes))):
         raise VerifyError(f"region {name!r} opens or closes a context without its other half")

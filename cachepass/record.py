@@ -213,6 +213,8 @@ class _Recorder(TorchFunctionMode):
         """A tensor of the call becomes a placeholder."""
         node = self._placeholder(value, name)
         node.meta["tensor_dict"] = {}
+        # Fakes of arguments that share memory share it, too.
+        node.meta["example_value"] = self._fakes.from_tensor(value)
 
     def _placeholder(self, value: Tensor, name: str) -> fx.Node:
         placeholders = self.graph.find_nodes(op="placeholder")

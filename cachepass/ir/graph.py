@@ -355,6 +355,12 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+def memory_of(node: fx.Node) -> int | None:
+    """What tells the memory of a tensor from that of others; None for a value that has none."""
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
 def called(node: fx.Node) -> str:
     """The bare name of the function or method that a node calls; empty if it calls none."""
     if node.op not in ("call_function", "call_method"):

@@ -13,6 +13,7 @@ a call ahead of its turn, and so a host.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +25,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
 from cachepass.ir import ops
 from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
-from cachepass.ir.graph import acts, drop_unused, walk
+from cachepass.ir.graph import acts, drop_unused, memory_of, walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
 from cachepass.runtime.policy import Policy
@@ -178,8 +179,12 @@ class _Writer:
 
     def write(self) -> Functional:
         root, env = self.root, {}
-        for node in call_inputs(self.gm):
+        inputs = call_inputs(self.gm)
+        uses = collections.Counter(map(memory_of, inputs))
+        for node in inputs:
             env[node] = root.placeholder(node.name)
+            if memory_of(node) is not None and uses[memory_of(node)] > 1:  # see `_select`
+                env[node] = root.call(tensors.own, env[node])
         assert self.layout.latent is not None
         self.input = env[self.layout.latent]
         if self.layout.listed:
@@ -242,7 +247,9 @@ class _Writer:
         """A region: one subgraph of several calls, or written out."""
         if name in self.shared:
             scope.root[name] = region
-            return scope.call(invoke_subgraph, scope.graph.get_attr(name), name, *given)
+            # It is traced once, for the layouts of its first call.
+            laid_out = [scope.call(tensors.contiguous, value) for value in given]
+            return scope.call(invoke_subgraph, scope.graph.get_attr(name), name, *laid_out)
         inputs = region.graph.find_nodes(op="placeholder")
         return list(self.run(region, scope, dict(zip(inputs, given, strict=True))))
 

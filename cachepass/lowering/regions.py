@@ -29,11 +29,13 @@ from cachepass.ir import ops
 from cachepass.ir.boundary import Slot, layout_of
 from cachepass.lowering.patch import replaced
 from cachepass.lowering.shapes import fake_inputs, latent_in
-from cachepass.runtime.inputs import Inputs, signature_of
+from cachepass.runtime.inputs import Inputs, plain, signature_of
 from cachepass.runtime.program import Driver
 
 Compiled = Callable[..., Any]
 Signature = tuple[Any, ...]
+Strides = tuple[tuple[int | str, ...] | None, ...]
+"""Of a region's results, where they are tensors; symbols by their spelling."""
 
 
 class RegionCompiler:
@@ -41,7 +43,7 @@ class RegionCompiler:
 
     def __init__(self, mode: str | None = None) -> None:
         self._patches = patches_of(mode)
-        self._compiled: dict[tuple[int, Signature], Compiled] = {}
+        self._compiled: dict[tuple[int, Signature], tuple[Compiled, Strides]] = {}
         self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
         self.count = 0
         self.seconds = 0.0
@@ -49,8 +51,8 @@ class RegionCompiler:
 
     def __call__(
         self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode
-    ) -> Compiled:
-        """The compiled region for fake or plain `inputs`; takes them as one list."""
+    ) -> tuple[Compiled, Strides]:
+        """The compiled region for fake or plain `inputs`, which takes them as one list."""
         key = (id(region), signature_of(inputs))
         if key not in self._compiled:
             self._compiled[key] = _compile(region, inputs, mode, self._patches)
@@ -162,8 +164,8 @@ class _Lowering:
                 copies[node] = graph.node_copy(node)
             elif node.op == "call_module":
                 region = getattr(gm, str(node.target))
-                compiled = self._compiler(region, inputs, self._mode)
-                values[node] = self._run(region, inputs)
+                compiled, strides = self._compiler(region, inputs, self._mode)
+                values[node] = self._run(region, inputs, strides)
                 taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
                 copies[node] = graph.call_function(_named(compiled, str(node.target)), ([*taken],))
             else:
@@ -236,7 +238,7 @@ class _Lowering:
         with self._mode:
             return value.contiguous()
 
-    def _run(self, region: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    def _run(self, region: fx.GraphModule, inputs: Sequence[Any], strides: Strides) -> Any:
         """A region's results on fakes, computed once per signature."""
         key = (id(region), signature_of(inputs))
         if key not in self._results:
@@ -247,13 +249,24 @@ class _Lowering:
                 self._mode, torch.no_grad(), enable_python_dispatcher(),
                 environment.ignore_fresh_unbacked_symbols(),
             ):  # fmt: skip
-                self._results[key] = region(*inputs)
+                results = region(*inputs)
+                # Inductor's decompositions may lay out a result in another way than eager does: a
+                # concatenation of one tensor keeps its strides.
+                self._results[key] = tuple(map(self._laid_out, results, strides))
         return self._results[key]
+
+    def _laid_out(self, value: Any, strides: tuple[int | str, ...] | None) -> Any:
+        if strides is None or strides == plain(value.stride()):
+            return value
+        environment = self._mode.shape_env
+        assert environment is not None
+        numbers = [environment.deserialize_symexpr(str(stride)) for stride in strides]
+        return value.new_empty_strided(value.shape, numbers)
 
 
 def _compile(
     region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, patches: dict[str, Any]
-) -> Compiled:
+) -> tuple[Compiled, Strides]:
     """Inductor's own code for a region, without what AOTAutograd wraps around it.
 
     The wrappers regenerate views of inputs, apply mutations and handle grad mode. A region has
@@ -267,6 +280,7 @@ def _compile(
         return codes[-1]
 
     context = torch._guards.TracingContext(mode)
+    context.fakify_first_call = True  # which returns fakes with the strides of compiled results
     # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     with torch._guards.tracing(context), torch.no_grad(), uncached, warnings.catch_warnings():
@@ -275,6 +289,9 @@ def _compile(
         wrapped: Any = compile_fx(
             _fresh(region), list(inputs), inner_compile=keep, config_patches=patches or None
         )
+        with mode:
+            results = wrapped(*inputs)
+    strides = tuple(plain(r.stride()) if isinstance(r, Tensor) else None for r in results)
     facts = context.fw_metadata
     nothing_to_wrap = (
         facts is not None
@@ -285,9 +302,9 @@ def _compile(
         and not torch._C._is_any_autocast_enabled()
     )
     if not nothing_to_wrap or len(codes) != 1 or not isinstance(codes[0], CompiledFxGraph):
-        return lambda values: wrapped(*values)
+        return (lambda values: wrapped(*values)), strides
     code: Any = codes[0].current_callable
-    return lambda values: code(values)
+    return (lambda values: code(values)), strides
 
 
 def _make_contiguous(arm: fx.GraphModule, index: int) -> None:

@@ -65,6 +65,11 @@ def own(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format)
 
 
+def contiguous(value: Tensor) -> Tensor:
+    """The value in contiguous memory; a size is what it is."""
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
 def set_number(value: Tensor, index: Any, number: float) -> None:
     """``value[index] = number``, which makes a constant of it: an arm has no room for any."""
     places = index if isinstance(index, tuple) else (index,)

@@ -8,13 +8,12 @@ does not say so.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 
-from torch import Tensor, fx
+from torch import fx
 from torch._higher_order_ops.invoke_subgraph import NestedCompileRegionOptions
 from torch._inductor.decomposition import select_decomp_table
 
-from cachepass.ir.graph import walk
+from cachepass.ir.graph import memory_of, walk
 
 
 def share_regions(gm: fx.GraphModule) -> set[str]:
@@ -37,11 +36,6 @@ def share_regions(gm: fx.GraphModule) -> set[str]:
 
 def _returns_its_own(region: fx.GraphModule) -> bool:
     """Whether no result of a region shares memory with another one, or with an input."""
-
-    def memory(nodes: Sequence[fx.Node]) -> list[int]:
-        values = [node.meta.get("example_value") for node in nodes]
-        return [v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)]
-
-    outputs = region.graph.output_node().all_input_nodes
-    made, given = memory(outputs), memory(region.graph.find_nodes(op="placeholder"))
-    return len(made) == len({*made} - {*given}) == len(outputs)
+    made = [memory_of(node) for node in region.graph.output_node().all_input_nodes]
+    given = {memory_of(node) for node in region.graph.find_nodes(op="placeholder")}
+    return None not in made and len(made) == len({*made} - given)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import cachepass
 from cachepass.errors import CachePassError, PolicyError
@@ -16,6 +16,7 @@ from tests.graphs import SITES, Script, examples
 from tests.models import TOY, WAN, distance
 from tests.requests import BOTH, decisions, run
 from tests.toys.dit import ToyDiT
+from tests.zoo import ZOO
 
 # Random decisions may well be to compute.
 pytestmark = pytest.mark.filterwarnings("ignore:.*reused nothing in a request:UserWarning")
@@ -71,16 +72,42 @@ def test_one_program_is_compiled() -> None:
     assert cachepass.report(ours).to_dict()["compiles"]["regions"] == 1
 
 
+class Scaled(nn.Module):
+    """Is given parts of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = ToyDiT()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        output: Tensor = self.model(x * scale + shift, t, y)
+        return output
+
+
 def test_arms_get_their_operands_as_they_were_compiled_for() -> None:
-    # A transposed sum of a convolution: Inductor lays it out in another way if it may.
-    model = TOY.model()
+    # A transposed sum of a convolution: Inductor lays it out in another way if it may. And
+    # arguments that share memory, which `torch.cond` takes not.
+    model, (scale, shift) = Scaled().eval(), torch.tensor([2.0, 0.5]).unbind()
+    given = TOY.example() | {"scale": scale, "shift": shift}
     with torch.no_grad():
-        want = model(**TOY.example())
-    cached = cachepass.compile(
-        model, policy=cachepass.Schedule(reuse={1: "stack"}), lowering="graph"
-    )
+        want = model(**given)
+    policy = cachepass.Schedule(reuse={1: "stack", 2: "step"})
+    cached = cachepass.compile(model, policy=policy, lowering="graph")
     with cachepass.session(cached, num_inference_steps=3).at(step=0):
-        assert distance(cached(**TOY.example()), want) < 1e-5
+        assert distance(cached(**given), want) < 1e-5
+
+
+@pytest.mark.full
+def test_a_region_is_compiled_for_the_layouts_of_all_its_calls() -> None:
+    # The first of the blocks is given a transposed stream, the others a contiguous one.
+    entry = ZOO["SkyReelsV2Transformer3DModel"]
+    model = entry.model()
+    with torch.no_grad():
+        (want,) = model(**entry.call())
+    policy = cachepass.Schedule(reuse={1: "block"})
+    cached = cachepass.compile(model, policy=policy, lowering="graph")
+    with cachepass.session(cached, num_inference_steps=2).at(step=0):
+        assert distance(cached(**entry.call())[0], want) < 1e-5
 
 
 class Masking(ToyDiT):

@@ -46,7 +46,7 @@ def equal_outputs() -> AbstractContextManager[None]:
 
     Where sizes are symbols, `torch.cond` derives strides from sizes anew, and compares them with
     those of contiguous memory: ``h // 2 * w`` is not found among ``max(1, h // 2) * w``, a
-    KeyError. Ours need no deriving (`Scope` closes both arms with contiguous copies).
+    KeyError. Ours need no deriving (`functionalize` closes both arms with contiguous copies).
     """
 
     def make(merge: Any) -> Any:

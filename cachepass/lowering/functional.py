@@ -28,6 +28,7 @@ from cachepass.ir.boundary import Layout, Slot, call_inputs, layout_of
 from cachepass.ir.graph import acts, drop_unused, memory_of, walk
 from cachepass.ir.ops import When
 from cachepass.lowering import rule as tensors
+from cachepass.lowering.scope import Scope
 from cachepass.runtime.policy import Policy
 
 SEEN = "seen"
@@ -74,50 +75,6 @@ class Functional:
         """What a call returned, as results, `reused` and new state."""
         last = self.results + len(self.sites)
         return made[: self.results], made[self.results : last], made[last:]
-
-
-class Scope:
-    """A graph that is being written: the whole, or an arm. Values of outer ones are lifted in."""
-
-    def __init__(self, outer: Scope | None = None) -> None:
-        self.graph = fx.Graph()
-        self.root: dict[str, Any] = {}
-        self.lifted: dict[fx.Node, fx.Node] = {}
-        self.state: dict[str, fx.Node] = dict(outer.state) if outer else {}
-        self.active: fx.Node | None = outer.active if outer else None
-        """(rows,) the rows that compute here; None for all."""
-
-        self.writing: fx.Node | None = None
-        """(rows,) the rows that are written; None for all."""
-
-        self._last: fx.Node | None = None
-
-    def placeholder(self, name: str) -> fx.Node:
-        """A further input, after those that there are."""
-        graph, last = self.graph, self._last
-        with graph.inserting_after(last) if last else graph.inserting_before():
-            self._last = graph.placeholder(name)
-        return self._last
-
-    def here(self, value: Any) -> Any:
-        """A node of this or an outer graph, as one of this graph."""
-        if not isinstance(value, fx.Node) or value.graph is self.graph:
-            return value
-        if value not in self.lifted:
-            self.lifted[value] = self.placeholder(value.name)
-        return self.lifted[value]
-
-    def call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
-        """A call of a function, with values from anywhere."""
-        return self.graph.call_function(function, fx.map_arg(args, self.here))
-
-    def items(self, node: fx.Node, start: int, stop: int) -> list[fx.Node]:
-        """Some of the values of a tuple."""
-        return [self.call(operator.getitem, node, i) for i in range(start, stop)]
-
-    def module(self) -> fx.GraphModule:
-        """What was written."""
-        return fx.GraphModule(self.root, self.graph)
 
 
 def functionalize(
@@ -377,7 +334,7 @@ class _Writer:
         self._close(reusing, [*kept, *old])
         operands = list(dict.fromkeys((*computing.lifted, *reusing.lifted)))
         arms = [
-            scope.graph.get_attr(_attach(scope, arm, operands, f"{kind}_{site}"))
+            scope.graph.get_attr(scope.attach(arm, operands, f"{kind}_{site}"))
             for kind, arm in (("reuse", reusing), ("compute", computing))
         ]
         every = scope.call(tensors.every, taken, scope.active)
@@ -405,21 +362,6 @@ def _args(node: fx.Node, env: Env) -> Any:
 def _given(arm: fx.GraphModule, operands: Sequence[fx.Node]) -> Env:
     """What stands for the inputs of an arm."""
     return dict(zip(call_inputs(arm), operands, strict=True))
-
-
-def _attach(scope: Scope, arm: Scope, operands: Sequence[fx.Node], hint: str) -> str:
-    """Give a scope an arm that takes these operands in this order."""
-    for operand in reversed(operands):
-        inside = arm.here(operand)
-        first = next(iter(arm.graph.nodes))
-        if first is not inside:
-            first.prepend(inside)
-    name, count = hint, 0
-    while name in scope.root:
-        count += 1
-        name = f"{hint}_{count}"
-    scope.root[name] = arm.module()
-    return name
 
 
 def identifier(name: str) -> str:

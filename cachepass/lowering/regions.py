@@ -13,9 +13,10 @@ import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -27,15 +28,16 @@ from torch._subclasses import FakeTensorMode
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
 from cachepass.ir.boundary import Slot, layout_of
+from cachepass.ir.rows import symbols_in
 from cachepass.lowering.patch import replaced
 from cachepass.lowering.shapes import fake_inputs, latent_in
-from cachepass.runtime.inputs import Inputs, plain, signature_of
+from cachepass.runtime.inputs import Inputs, signature_of
 from cachepass.runtime.program import Driver
 
 Compiled = Callable[..., Any]
 Signature = tuple[Any, ...]
-Strides = tuple[tuple[int | str, ...] | None, ...]
-"""Of a region's results, where they are tensors; symbols by their spelling."""
+Strides = tuple[tuple[sympy.Expr, ...] | None, ...]
+"""Of a region's results, where they are tensors."""
 
 
 class RegionCompiler:
@@ -255,13 +257,21 @@ class _Lowering:
                 self._results[key] = tuple(map(self._laid_out, results, strides))
         return self._results[key]
 
-    def _laid_out(self, value: Any, strides: tuple[int | str, ...] | None) -> Any:
-        if strides is None or strides == plain(value.stride()):
+    def _laid_out(self, value: Any, strides: tuple[sympy.Expr, ...] | None) -> Any:
+        if strides is None or strides == _strides_of(value):
             return value
         environment = self._mode.shape_env
         assert environment is not None
-        numbers = [environment.deserialize_symexpr(str(stride)) for stride in strides]
+        numbers = [environment.create_symintnode(n, hint=None) for n in strides]
         return value.new_empty_strided(value.shape, numbers)
+
+
+def _strides_of(value: Any, known: Mapping[sympy.Symbol, int] | None = None) -> Any:
+    """A tensor's, with numbers for the symbols that are known."""
+    if not isinstance(value, Tensor):
+        return None
+    found = [n.node.expr if isinstance(n, torch.SymInt) else n for n in value.stride()]
+    return tuple(sympy.sympify(n).xreplace(known or {}) for n in found)
 
 
 def _compile(
@@ -291,7 +301,12 @@ def _compile(
         )
         with mode:
             results = wrapped(*inputs)
-    strides = tuple(plain(r.stride()) if isinstance(r, Tensor) else None for r in results)
+    # AOTAutograd makes symbols of numbers that a region is given; it is compiled for each alone.
+    assert mode.shape_env is not None
+    sizes = [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
+    open_ones = frozenset().union(*map(symbols_in, sizes))
+    known = {s: v for s, v in mode.shape_env.backed_var_to_val.items() if s not in open_ones}
+    strides = tuple(_strides_of(result, known) for result in results)
     facts = context.fw_metadata
     nothing_to_wrap = (
         facts is not None

@@ -89,12 +89,12 @@ class Inputs:
 def signature_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """What compiled code depends on: shapes, strides, dtypes, devices, plain values."""
     return tuple(
-        (plain(i.shape), plain(i.stride()), i.dtype, i.device) if isinstance(i, Tensor)
-        else plain((i,))[0]
+        (_plain(i.shape), _plain(i.stride()), i.dtype, i.device) if isinstance(i, Tensor)
+        else _plain((i,))[0]
         for i in inputs
     )  # fmt: skip
 
 
-def plain(sizes: Sequence[Any]) -> tuple[Any, ...]:
+def _plain(sizes: Sequence[Any]) -> tuple[Any, ...]:
     """Sizes that can be looked up: symbols by their spelling."""
     return tuple(str(n) if isinstance(n, torch.SymInt) else n for n in sizes)

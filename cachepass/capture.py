@@ -60,10 +60,29 @@ def own_graph(captured: fx.GraphModule, parameters: Sequence[str] = ()) -> fx.Gr
         # Dynamo's order is that of first use.
         node.meta["order"] = [*parameters, first].index(first)
     graph.output(graph.graph_copy(captured.graph, copies))
+    _compute_sizes_where_used(graph)
     drop_unused(graph, _is_needed)
     gm = fx.GraphModule(captured, graph)
     gm.meta = {"computation": _computation(graph)}
     return gm
+
+
+def _compute_sizes_where_used(graph: fx.Graph) -> None:
+    """Let each user compute a size that follows from others.
+
+    Dynamo computes it once, in the block that asks first: it would leave that block, where
+    nothing but tensors is kept, and be absent where the block is skipped.
+    """
+    for size in reversed(list(graph.nodes)):  # those that it follows from come later
+        sizes = all(isinstance(value_of(n), torch.SymInt) for n in (size, *size.all_input_nodes))
+        if size.op != "call_function" or not sizes:
+            continue
+        for user in list(size.users):
+            with graph.inserting_before(user):
+                own = graph.node_copy(size)
+            own.meta["nn_module_stack"] = user.meta.get("nn_module_stack", {})
+            user.replace_input_with(size, own)
+        graph.erase_node(size)
 
 
 def _is_needed(node: fx.Node) -> bool:

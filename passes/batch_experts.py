@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from cachepass.ir.boundary import Layout
 from cachepass.ir.graph import call_target, called, module_paths, value_of
+from cachepass.ir.rows import hint_of
 from cachepass.moe.grouped import combine, grouped_linear, route
 from cachepass.pass_manager import PassResult
 
@@ -40,8 +41,7 @@ class BatchExperts:
     2. That a share is zero outside of the choice is found out by trying: what leads from the
        top-k to the shares runs on drawn values. If it always is, the shares are gathered at
        the chosen experts; how they were normalised does not matter.
-    3. The graph is left alone if sizes are symbolic, a part of the sum is used elsewhere, or
-       anything is not as above.
+    3. The graph is left alone if a part of the sum is used elsewhere, or anything is not as above.
 
     Loops that choose rows by data cannot be captured, so no pass sees them: `cachepass.moe` deals
     with those before capture.
@@ -217,11 +217,13 @@ def _fits(found: _Sum, topk: fx.Node, picks: dict[Any, fx.Node]) -> bool:
     """Whether the shares are of this top-k's choice and of no other expert."""
     index, scores, x = value_of(picks[1]), topk.args[0], value_of(found.x)
     tensors = isinstance(scores, fx.Node) and all(isinstance(v, Tensor) for v in (index, x))
-    if not tensors or not all(isinstance(size, int) for size in (*index.shape, *x.shape)):
+    if not tensors or not all(isinstance(v.shape[-1], int) for v in (index, x)):
+        return False
+    if not all(map(hint_of, index.shape)):  # nobody knows how many tokens there are
         return False
     of_experts = value_of(scores).shape[-1] == len(found.shares)  # type: ignore[arg-type]
     last = bool(topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1) == -1)
-    shapes = {tuple(value.shape[:-1]) for value in (index, x, *map(value_of, found.shares))}
+    shapes = {str(value.shape[:-1]) for value in (index, x, *map(value_of, found.shares))}
     return (
         of_experts
         and last
@@ -231,17 +233,24 @@ def _fits(found: _Sum, topk: fx.Node, picks: dict[Any, fx.Node]) -> bool:
 
 
 def _is_zero_elsewhere(shares: Sequence[fx.Node], picks: dict[Any, fx.Node], seed: int) -> bool:
-    """Run what leads to the shares, on a drawn choice, its values and arguments of the call."""
+    """Run what leads to the shares, on a drawn choice, its values and arguments of the call.
+
+    Sizes that are symbols are those of the call that was captured.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(node: fx.Node) -> Any:
         if node.meta.get("weight"):
             raise LookupError("what goes through weights is no question of the choice")
-        like = value_of(node)
-        return (torch.randn(like.shape, generator=generator) * 10**seed).to(like.dtype)
+        like: Any = value_of(node)
+        if not isinstance(like, Tensor):
+            return hint_of(like)
+        shape = [hint_of(size) for size in like.shape]
+        return (torch.randn(shape, generator=generator) * 10**seed).to(like.dtype)
 
     index = value_of(picks[1])
-    order = torch.rand(*index.shape[:-1], len(shares), generator=generator).argsort(-1)
+    tokens = [hint_of(size) for size in index.shape[:-1]]
+    order = torch.rand(*tokens, len(shares), generator=generator).argsort(-1)
     chosen = order[..., : index.shape[-1]].to(index.dtype)
     known: dict[fx.Node, Any] = {picks[1]: chosen}
 
@@ -302,8 +311,7 @@ def _rewrite(graph: fx.Graph, found: _Sum, index: fx.Node) -> None:
                 copies[found.x] = emit("index_select", tokens, 0, rows)
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = emit(node.target, *args, **kwargs)
-        routed = emit(combine, copies[found.bodies[0][-1]], place, weight)
-        result = emit("reshape", routed, tuple(like.shape))
+        result = emit(combine, copies[found.bodies[0][-1]], place, weight, found.x)
         if found.base is not None:
             result = emit(operator.add, found.base, result)
     total.replace_all_uses_with(result)

@@ -22,6 +22,11 @@ def symbols_in(size: Any) -> frozenset[Any]:
     return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
 
 
+def hint_of(size: int | torch.SymInt) -> int:
+    """A size in the call that was captured; 0 where that depends on data."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
 def row_dim(layout: Layout, value: Any) -> int | None:
     """The dimension of a tensor along which rows lie; None if it carries none.
 

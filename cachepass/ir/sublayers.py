@@ -23,6 +23,7 @@ from cachepass.ir.graph import (
     same_shape,
     value_of,
 )
+from cachepass.ir.rows import hint_of
 
 _CASTS = frozenset({"float", "half", "bfloat16", "to", "type_as", "contiguous"})
 _ATTENTION = frozenset(
@@ -286,21 +287,16 @@ def _self_kind(call: fx.Node, latent: torch.Tensor) -> Kind:
     value = value_of(of)
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or latent.ndim != 5:
         return Kind.SELF_ATTENTION
-    rows, tokens = _hint(value.shape[0]), _hint(value.shape[-1 if of is call else -2])
-    folded = rows // _hint(latent.shape[0])
+    rows, tokens = hint_of(value.shape[0]), hint_of(value.shape[-1 if of is call else -2])
+    folded = rows // hint_of(latent.shape[0])
     if folded <= 1:
         return Kind.SELF_ATTENTION
-    channels, other = _hint(latent.shape[1]), _hint(latent.shape[2])
+    channels, other = hint_of(latent.shape[1]), hint_of(latent.shape[2])
     frames = {channels, other}  # channels first or frames first
     if (tokens in frames) != (folded in frames):
         return Kind.TEMPORAL_ATTENTION if tokens in frames else Kind.SPATIAL_ATTENTION
     temporal = tokens in frames and (tokens != channels or other == channels)
     return Kind.TEMPORAL_ATTENTION if temporal else Kind.SPATIAL_ATTENTION
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A size of the call that was captured."""
-    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def _sublayer_name(cone: Sequence[fx.Node]) -> str:

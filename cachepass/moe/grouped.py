@@ -49,13 +49,23 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return order // index.shape[-1], offsets, order.argsort()
 
 
-def combine(results: Tensor, place: Tensor, weight: Tensor) -> Tensor:
+def combine(results: Tensor, place: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """The weighted sum of what the experts of each token gave.
 
     A sum over each token's own choices, in their order: equal in every run, unlike atomic adds.
+
+    Args:
+        results: of each choice, (choices, out), sorted by expert.
+        place: where each choice, in the order of tokens, was sorted to.
+        weight: of each choice, (tokens, k).
+        x: the tokens as they came, (..., in).
+
+    Returns:
+        (..., out).
     """
     chosen = results.index_select(0, place).view(*weight.shape, -1)
-    return (chosen * weight.unsqueeze(-1)).sum(-2).to(results.dtype)
+    total = (chosen * weight.unsqueeze(-1)).sum(-2).to(results.dtype)
+    return total.view(*x.shape[:-1], total.shape[-1])
 
 
 @torch.library.custom_op("cachepass::grouped_linear", mutates_args=())

@@ -56,7 +56,7 @@ class RoutedExperts(nn.Module):
         rows, offsets, place = route(index, len(experts))
         tokens = x.reshape(-1, x.shape[-1])
         results = match.program(tokens, rows, offsets, list(experts))
-        y = combine(results, place, weight).view(*x.shape[:-1], -1)
+        y = combine(results, place, weight, x)
         for name in match.added:
             y = y + getattr(self, name)(x)
         return y

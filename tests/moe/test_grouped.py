@@ -50,7 +50,7 @@ def _together(
 ) -> Tensor:
     rows, offsets, place = route(index, EXPERTS)
     hidden = F.silu(grouped_linear(x, rows, offsets, up, []))
-    return combine(grouped_linear(hidden, None, offsets, down, []), place, weight)
+    return combine(grouped_linear(hidden, None, offsets, down, []), place, weight, x)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])

@@ -130,6 +130,33 @@ def test_both_branches_in_one_call(policy: cachepass.NamedPolicy) -> None:
         assert_as_alone(model, request)
 
 
+class Folded(nn.Module):
+    """Has the tokens of all rows in one dimension, whose size all blocks ask for."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+        made: Tensor = self.inner(folded).reshape(x.shape)
+        return made
+
+
+def test_sizes_that_blocks_share() -> None:
+    model = WAN.model()
+    for block in model.blocks:
+        block.ffn = Folded(block.ffn)
+    policy = cachepass.Schedule(reuse={1: "stack", 2: "block", 3: "mlp"}, blocks=(0.0, 0.5))
+    cached = cachepass.compile(model, policy=policy, inner="eager")
+    early, late = (Request(cached, seed, steps=4) for seed in range(2))
+    step_together(cached, [early])
+    for _ in range(3):
+        step_together(cached, [early, late])
+    for request in (early, late):
+        assert_as_alone(cached, request)
+
+
 def test_cfg_is_reused_across_calls_only() -> None:
     model = cachepass.compile(
         WAN.model(), policy=cachepass.Schedule(reuse={1: "cfg", 2: "cfg"}), inner="eager"

@@ -213,8 +213,6 @@ class _Recorder(TorchFunctionMode):
         """A tensor of the call becomes a placeholder."""
         node = self._placeholder(value, name)
         node.meta["tensor_dict"] = {}
-        # Fakes of arguments that share memory share it, too.
-        node.meta["example_value"] = self._fakes.from_tensor(value)
 
     def _placeholder(self, value: Tensor, name: str) -> fx.Node:
         placeholders = self.graph.find_nodes(op="placeholder")
@@ -331,10 +329,9 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_function(ops.of_shape, (node, tuple(value.shape)))
                 node.meta["nn_module_stack"] = stack
             self.kept.append(value)
-            with torch._C.DisableTorchFunction(), self._fakes:
-                node.meta["example_value"] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=value.device
-                )
+            with torch._C.DisableTorchFunction():
+                # Of tensors that share memory, the fakes share it, too.
+                node.meta["example_value"] = self._fakes.from_tensor(value)
             # What is written in place is the node that it was.
             self.nodes.setdefault(id(value), node)
         elif isinstance(value, (tuple, list)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import cachepass
 from cachepass.arguments import values_of
+from cachepass.ir.graph import memory_of
 from cachepass.record import record
 from tests.models import TINY, TOY, as_tensor, distance
 from tests.toys.dit import ToyDiT
@@ -58,6 +59,27 @@ def test_each_choice_is_captured_once() -> None:
         assert torch.equal(cached(**_given(label, seed=label)), expected)
         assert cachepass.report(cached).to_dict()["compiles"]["graphs"] == graphs
     assert "the call chooses by data, so it was recorded" in str(cachepass.report(cached))
+
+
+class Halves(ToyDiT):
+    """Buffers that are parts of one tensor, as `t` and `y` may be of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.ones(2).unbind()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if y.sum() > 0:
+            x = x * self.a + self.b
+        return super().forward(x, t, y)
+
+
+def test_fakes_share_memory_where_tensors_do() -> None:
+    given = TOY.example() | dict(zip("ty", torch.tensor([[1], [2]]).unbind(), strict=True))
+    nodes = record(Halves().eval(), (), given).gm.graph.find_nodes(op="placeholder")
+    memory = {node.meta["argument"]: memory_of(node) for node in nodes}
+    assert memory["t"] == memory["y"] != memory["x"]
+    assert memory["a"] == memory["b"] != memory["t"]
 
 
 def test_policies_skip_what_was_recorded() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -46,8 +47,9 @@ POLICIES: dict[str, NamedPolicy] = {
     "dbcache": cachepass.DBCache(front=1, threshold=1e9, warmup_steps=2),
 }
 
-ROUNDED = 3
-"""How many times as far as Inductor is from an eager model on its own a compiled one may be."""
+ROUNDED, FAR = 3, 1e-3
+"""How many times as far as Inductor is from an eager model on its own a compiled one may be; and
+where rounding ends."""
 
 ROOM = 300
 """Characters of a reason."""
@@ -76,13 +78,15 @@ def check(entry: Entry, *, compiled: bool) -> dict[str, Any]:
     told["policies"] = {
         name: _policy(entry, policy, stacks, batched=batched) for name, policy in POLICIES.items()
     }
-    told["lowerings"] = {
-        f"{lowering}, {inner}": _reason_of(
-            _policy(entry, LOWERED, stacks, batched=batched, lowering=lowering, inner=inner)
+    lowered = {
+        f"{lowering}, {inner}": _policy(
+            entry, LOWERED, stacks, batched=batched, lowering=lowering, inner=inner
         )
         for lowering in ("regions", "graph")
         for inner in ("eager", *(["inductor"] if compiled else []))
     }
+    told["lowerings"] = {how: _reason_of(result) for how, result in lowered.items()}
+    told["rounded"] = max((r["distance"] for r in lowered.values() if r.get("exact")), default=0.0)
     return told | {"seconds": time.perf_counter() - started}
 
 
@@ -110,7 +114,9 @@ def _policy(
     expected = Replay(model, stacks, cached.denoiser.policy.sites).run(calls)
     worst = max(map(_distance, outputs, expected))
     bitwise = not policy.combine().sites and not batched
-    near = max(NEAR, ROUNDED * _rounding(entry)) if inner == "inductor" and worst >= NEAR else NEAR
+    near = NEAR
+    if inner == "inductor" and worst >= NEAR:
+        near = max(NEAR, min(ROUNDED * _rounding(entry), FAR))
     exact = worst == 0 if bitwise else worst < near
     repeats = max(map(_distance, again, outputs)) < NEAR
     return {
@@ -136,7 +142,8 @@ def _rounding(entry: Entry) -> float:
     model, compiled = entry.model(), entry.model()
     compiled.compile(fullgraph=True)
     with torch.no_grad(), contextlib.suppress(Exception):
-        return max(_distance(compiled(**given), model(**given)) for _, _, given in _given(entry))
+        off = max(_distance(compiled(**given), model(**given)) for _, _, given in _given(entry))
+        return off if math.isfinite(off) else 0.0
     return 0.0
 
 
@@ -150,12 +157,11 @@ def _given(entry: Entry) -> list[tuple[int, str, dict[str, Any]]]:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """The largest relative L2 distance of two outputs, tensor by tensor."""
+    """The largest relative L2 distance of two outputs, tensor by tensor; infinite for NaN."""
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
     tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor) and not torch.equal(x, y)]
-    return max(
-        (float((x - y).double().norm() / y.double().norm()) for x, y in tensors), default=0.0
-    )
+    found = [float((x - y).double().norm() / y.double().norm()) for x, y in tensors]
+    return max((d if math.isfinite(d) else math.inf for d in found), default=0.0)
 
 
 def _reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.coverage.check import in_a_line
+from benchmarks.coverage.check import NEAR, in_a_line
 from benchmarks.coverage.loops import Calls
 from tests.zoo import ZOO
 
@@ -75,7 +75,7 @@ Every class is built tiny, with random weights and the inputs that its pipeline 
 - *captures, late*: graphs that were captured, and how many of them after the first request.
 - *lowerings*: which give what the model with the same decisions gives: regions or one graph, run
   eagerly or by Inductor. Within 1e-5 or, where torch.compile of the model itself is further off,
-  within three times as far.
+  within three times as far (*off by*), and within 1e-3.
 """
 
 
@@ -118,6 +118,8 @@ def _row(name: str, told: Mapping[str, Any] | None, calls: Calls | None) -> list
     failed = [f"{h}: {told['lowerings'][h]}" for h in LOWERINGS if told["lowerings"].get(h)]
     why = "; ".join(filter(None, [faults, *failed]))
     lowerings = "all" if len(works) == len(LOWERINGS) else "; ".join(works)
+    if told.get("rounded", 0) >= NEAR:
+        lowerings += f", off by {told['rounded']:.0e}"
     return [name, stacks, sites, guidance, *policies, captures, lowerings, _short(why)]
 
 

@@ -356,7 +356,10 @@ def value_of(node: fx.Node) -> Tensor:
 
 
 def memory_of(node: fx.Node) -> int | None:
-    """What tells the memory of a tensor from that of others; None for a value that has none."""
+    """What tells the memory of a tensor from that of others, as long as the graph's fakes live.
+
+    None for a value that has none.
+    """
     value = node.meta.get("example_value")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 

@@ -196,7 +196,7 @@ def clone(value: Tensor) -> Tensor:
 def of_shape(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A value whose size depends on data, in the shape that it has whenever this graph is run."""
     for size, known in zip(value.shape, shape, strict=True):
-        # A node of its own in what Inductor is given: its cache does not tell graphs apart whose
-        # sizes by data are known to differ, and a mere check leaves no node.
+        # The key of Inductor's cache holds nodes only. A mere check leaves none, and two graphs
+        # that differ in such a size would be taken for one.
         torch.ops.aten._assert_scalar(size == known, f"a size that data give is not {known}")
     return value.view(shape)

@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def functionalize(
     latent: Tensor,
     *,
     shared: Collection[str] = (),
+    numbers: Mapping[str, int] = MappingProxyType({}),
 ) -> Functional:
     """Write a graph anew, without its frame.
 
@@ -94,20 +96,22 @@ def functionalize(
         latent: a fake of it.
         shared: names of regions that are one subgraph for all their calls (`lowering.share`); any
             other is written out wherever it is called.
+        numbers: inputs (by name) that are numbers and stay what they are. As symbols they would be
+            in the sizes of what a conditional returns, which torch 2.13 does not always solve.
 
     Raises:
         PolicyError: the policy needs the host.
     """
-    return _Writer(gm, policy, slots, latent, shared).write()
+    return _Writer(gm, policy, slots, latent, shared, numbers).write()
 
 
 class _Writer:
     def __init__(
         self, gm: fx.GraphModule, policy: Policy, slots: Mapping[str, Tensor], latent: Tensor,
-        shared: Collection[str],
+        shared: Collection[str], numbers: Mapping[str, int],
     ) -> None:  # fmt: skip
         self.gm, self.policy, self.slots, self.latent = gm, policy, slots, latent
-        self.shared = shared
+        self.shared, self.numbers = shared, numbers
         self.layout: Layout = layout_of(gm)
         self.rows = latent.shape[0]
         self.entries: dict[str, Entry] = {}
@@ -121,6 +125,8 @@ class _Writer:
 
         self.rule = tensors.Rule(policy, self.layout)
         self.root = Scope()
+        self.memory: dict[fx.Node, int | None] = {}
+        """Of inputs, see `memory_of`."""
         self.taken: dict[str, fx.Node] = {}
         self.full: fx.Node | None = None
         self.do: dict[Any, Callable[..., Any]] = {
@@ -136,12 +142,10 @@ class _Writer:
 
     def write(self) -> Functional:
         root, env = self.root, {}
-        inputs = call_inputs(self.gm)
-        uses = collections.Counter(map(memory_of, inputs))
-        for node in inputs:
-            env[node] = root.placeholder(node.name)
-            if memory_of(node) is not None and uses[memory_of(node)] > 1:  # see `_select`
-                env[node] = root.call(tensors.own, env[node])
+        for node in call_inputs(self.gm):
+            value = root.placeholder(node.name)
+            env[node] = self.numbers.get(node.name, value)
+            self.memory[value] = memory_of(node)
         assert self.layout.latent is not None
         self.input = env[self.layout.latent]
         if self.layout.listed:
@@ -204,8 +208,10 @@ class _Writer:
         """A region: one subgraph of several calls, or written out."""
         if name in self.shared:
             scope.root[name] = region
-            # It is traced once, for the layouts of its first call.
-            laid_out = [scope.call(tensors.contiguous, value) for value in given]
+            # A subgraph is traced once, for the layouts of its first call: all are contiguous.
+            laid_out = [
+                scope.call(tensors.contiguous, v) if isinstance(v, fx.Node) else v for v in given
+            ]
             return scope.call(invoke_subgraph, scope.graph.get_attr(name), name, *laid_out)
         inputs = region.graph.find_nodes(op="placeholder")
         return list(self.run(region, scope, dict(zip(inputs, given, strict=True))))
@@ -340,7 +346,12 @@ class _Writer:
         every = scope.call(tensors.every, taken, scope.active)
         # `torch.cond` takes no operands that share memory, as the parts of a chunk do.
         values = [scope.here(operand) for operand in operands]
-        inputs = tuple(v if v.op == "placeholder" else scope.call(tensors.own, v) for v in values)
+        uses = collections.Counter(map(self.memory.get, values))
+        alone = {v for v in values if self.memory.get(v) is None or uses[self.memory[v]] == 1}
+        inputs = tuple(
+            v if v.op == "placeholder" and v in alone else scope.call(tensors.own, v)
+            for v in values
+        )
         chosen = scope.graph.call_function(
             torch.ops.higher_order.cond, (every, arms[0], arms[1], inputs)
         )

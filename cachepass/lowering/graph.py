@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 
 from cachepass.errors import SessionError
+from cachepass.ir.boundary import call_inputs
 from cachepass.lowering.conditional import exact_operands
 from cachepass.lowering.functional import Functional, functionalize
 from cachepass.lowering.regions import patches_of
@@ -46,7 +47,9 @@ class GraphCompiler:
         slots = slot_shapes(gm, fakes, mode)
         with mode:
             shared = () if self._eager else share_regions(gm)
-            whole = functionalize(gm, policy, slots, latent, shared=shared)
+            named = zip(call_inputs(gm), fakes, strict=True)
+            fixed = {node.name: value for node, value in named if isinstance(value, int)}
+            whole = functionalize(gm, policy, slots, latent, shared=shared, numbers=fixed)
             # One each: equal objects would be taken for one input.
             numbers = [latent.new_zeros((), dtype=torch.int64) for _ in range(3)]
         call: Compiled = whole.gm

@@ -9,21 +9,24 @@ Both arms of every conditional are lowered, so nothing compiles after the first 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.output_code import CompiledFxGraph, OutputCode
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from cachepass.errors import CachePassError
 from cachepass.ir import ops
@@ -40,12 +43,23 @@ Strides = tuple[tuple[sympy.Expr, ...] | None, ...]
 """Of a region's results, where they are tensors."""
 
 
+@dataclasses.dataclass(frozen=True)
+class CompiledRegion:
+    """A region's code, and what is true of it."""
+
+    code: Compiled
+    """Takes the inputs as one list."""
+    strides: Strides
+    guards: Sequence[sympy.Basic]
+    """What was taken for granted about the number of rows."""
+
+
 class RegionCompiler:
     """Compiles regions with Inductor, each once per signature of its inputs."""
 
     def __init__(self, mode: str | None = None) -> None:
         self._patches = patches_of(mode)
-        self._compiled: dict[tuple[int, Signature], tuple[Compiled, Strides]] = {}
+        self._compiled: dict[tuple[int, Signature], list[CompiledRegion]] = {}
         self._regions: list[fx.GraphModule] = []  # keeps ids in `_compiled` from being reused
         self.count = 0
         self.seconds = 0.0
@@ -53,14 +67,16 @@ class RegionCompiler:
 
     def __call__(
         self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode
-    ) -> tuple[Compiled, Strides]:
-        """The compiled region for fake or plain `inputs`, which takes them as one list."""
-        key = (id(region), signature_of(inputs))
-        if key not in self._compiled:
-            self._compiled[key] = _compile(region, inputs, mode, self._patches)
-            self._regions.append(region)
-            self.count += 1
-        return self._compiled[key]
+    ) -> CompiledRegion:
+        """The compiled region for fake or plain `inputs`."""
+        made = self._compiled.setdefault((id(region), signature_of(inputs)), [])
+        for compiled in made:
+            if _hold(compiled.guards, _hints(mode)):
+                return compiled
+        made.append(_compile(region, inputs, mode, self._patches))
+        self._regions.append(region)
+        self.count += 1
+        return made[-1]
 
 
 def patches_of(mode: str | None) -> dict[str, Any]:
@@ -90,21 +106,27 @@ def lower(
         lowered, _ = lowering.lower(gm, [None, *fakes])
     compiler.seconds += time.perf_counter() - started
     if isinstance(rows, torch.SymInt) and rows.node.expr.is_Symbol:
-        return Driver(lowered.forward, functools.cache(functools.partial(_holds, mode, rows)))
+        holds = functools.partial(_holds, lowering.guards_on(rows), rows)
+        return Driver(lowered.forward, functools.cache(holds))
     return Driver(lowered.forward, int(rows).__eq__)
 
 
-def _holds(mode: FakeTensorMode, rows: torch.SymInt, count: int) -> bool:
+def _holds(guards: Sequence[sympy.Basic], rows: torch.SymInt, count: int) -> bool:
     """Whether what was taken for granted about the number of rows is true of this one.
 
     That it is more than one is always granted, and has no consequence for what is computed.
     """
-    environment = mode.shape_env
-    assert environment is not None
-    if count == rows.node.hint:  # those that it was compiled with
-        return True
-    values = {rows.node.expr: max(count, 2)}
-    return all(guard.expr.subs(values) == True for guard in environment.guards)  # noqa: E712
+    return count == rows.node.hint or _hold(guards, {rows.node.expr: max(count, 2)})
+
+
+def _hold(guards: Sequence[sympy.Basic], values: Mapping[sympy.Symbol, int]) -> bool:
+    return all(guard.xreplace(values) == True for guard in guards)  # noqa: E712
+
+
+def _hints(mode: FakeTensorMode, but: Collection[sympy.Symbol] = ()) -> dict[sympy.Symbol, int]:
+    """What symbols are in the call at hand."""
+    assert mode.shape_env is not None
+    return {s: v for s, v in mode.shape_env.backed_var_to_val.items() if s not in but}
 
 
 @contextlib.contextmanager
@@ -143,6 +165,7 @@ class _Lowering:
     ) -> None:
         self._slots, self._rows, self._compiler, self._mode = slots, rows, compiler, mode
         self._kept: dict[str, Tensor] = {}
+        self._guards: set[sympy.Basic] = set()
         self._results: dict[tuple[int, Signature], Any] = {}
 
     def lower(self, gm: fx.GraphModule, args: Sequence[Any]) -> tuple[fx.GraphModule, Any]:
@@ -166,10 +189,13 @@ class _Lowering:
                 copies[node] = graph.node_copy(node)
             elif node.op == "call_module":
                 region = getattr(gm, str(node.target))
-                compiled, strides = self._compiler(region, inputs, self._mode)
-                values[node] = self._run(region, inputs, strides)
+                compiled = self._compiler(region, inputs, self._mode)
+                self._guards.update(compiled.guards)
+                values[node] = self._run(region, inputs, compiled.strides)
                 taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
-                copies[node] = graph.call_function(_named(compiled, str(node.target)), ([*taken],))
+                copies[node] = graph.call_function(
+                    _named(compiled.code, str(node.target)), ([*taken],)
+                )
             else:
                 if node.target is ops.conditional:
                     self._lay_out(graph, node, values, copies)
@@ -183,6 +209,12 @@ class _Lowering:
                     copies[node].update_arg(2, value)
         lowered = fx.GraphModule(dict(arms), graph)
         return lowered, result
+
+    def guards_on(self, rows: torch.SymInt) -> list[sympy.Basic]:
+        """What was taken for granted about the number of rows, here and where regions were made."""
+        environment, hints = self._mode.shape_env, _hints(self._mode, but={rows.node.expr})
+        assert environment is not None
+        return [*self._guards, *(guard.expr.xreplace(hints) for guard in environment.guards)]
 
     def _lay_out(
         self,
@@ -254,7 +286,9 @@ class _Lowering:
                 results = region(*inputs)
                 # Inductor's decompositions may lay out a result in another way than eager does: a
                 # concatenation of one tensor keeps its strides.
-                self._results[key] = tuple(map(self._laid_out, results, strides))
+                self._results[key] = tuple(
+                    self._laid_out(*pair) for pair in zip(results, strides, strict=True)
+                )
         return self._results[key]
 
     def _laid_out(self, value: Any, strides: tuple[sympy.Expr, ...] | None) -> Any:
@@ -276,7 +310,7 @@ def _strides_of(value: Any, known: Mapping[sympy.Symbol, int] | None = None) -> 
 
 def _compile(
     region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, patches: dict[str, Any]
-) -> tuple[Compiled, Strides]:
+) -> CompiledRegion:
     """Inductor's own code for a region, without what AOTAutograd wraps around it.
 
     The wrappers regenerate views of inputs, apply mutations and handle grad mode. A region has
@@ -289,6 +323,10 @@ def _compile(
         codes.append(compile_fx_inner(*args, **kwargs))
         return codes[-1]
 
+    environment = mode.shape_env
+    assert environment is not None
+    guards_before = len(environment.guards)
+    given = [_as_symbol(i, value, environment) for i, value in enumerate(inputs)]
     context = torch._guards.TracingContext(mode)
     context.fakify_first_call = True  # which returns fakes with the strides of compiled results
     # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
@@ -297,16 +335,15 @@ def _compile(
         # Of ours is FrequencySplit alone, on tensors of the latent's size: eager serves there.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         wrapped: Any = compile_fx(
-            _fresh(region), list(inputs), inner_compile=keep, config_patches=patches or None
+            _fresh(region), given, inner_compile=keep, config_patches=patches or None
         )
         with mode:
-            results = wrapped(*inputs)
-    # AOTAutograd makes symbols of numbers that a region is given; it is compiled for each alone.
-    assert mode.shape_env is not None
+            results = wrapped(*given)
+    # It is compiled for one value of each number, whatever symbol stands for it meanwhile.
     sizes = [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
-    open_ones = frozenset().union(*map(symbols_in, sizes))
-    known = {s: v for s, v in mode.shape_env.backed_var_to_val.items() if s not in open_ones}
-    strides = tuple(_strides_of(result, known) for result in results)
+    hints = _hints(mode, but=frozenset().union(*map(symbols_in, sizes)))
+    strides = tuple(_strides_of(result, hints) for result in results)
+    guards = [guard.expr.xreplace(hints) for guard in environment.guards[guards_before:]]
     facts = context.fw_metadata
     nothing_to_wrap = (
         facts is not None
@@ -317,9 +354,18 @@ def _compile(
         and not torch._C._is_any_autocast_enabled()
     )
     if not nothing_to_wrap or len(codes) != 1 or not isinstance(codes[0], CompiledFxGraph):
-        return (lambda values: wrapped(*values)), strides
+        return CompiledRegion(lambda values: wrapped(*values), strides, guards)
     code: Any = codes[0].current_callable
-    return (lambda values: code(values)), strides
+    return CompiledRegion(lambda values: code(values), strides, guards)
+
+
+def _as_symbol(place: int, value: Any, environment: ShapeEnv) -> Any:
+    """A number as a symbol of its own: AOTAutograd takes that of the rows if they are as many."""
+    if type(value) is not int:
+        return value
+    source = ConstantSource(f"number_{place}")
+    symbol = environment.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return environment.create_symintnode(symbol, hint=value, source=source)
 
 
 def _make_contiguous(arm: fx.GraphModule, index: int) -> None:

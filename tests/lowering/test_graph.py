@@ -98,6 +98,17 @@ def test_arms_get_their_operands_as_they_were_compiled_for() -> None:
 
 
 @pytest.mark.full
+def test_sizes_that_change() -> None:
+    model = TOY.model()
+    policy = cachepass.Schedule(reuse={1: "block", 2: "step"})
+    cached = cachepass.compile(model, policy=policy, lowering="graph")
+    for height in (8, 4, 6):
+        given = TOY.example() | {"x": torch.randn(1, 3, height, 8)}
+        with torch.no_grad():
+            assert distance(cached(**given), model(**given)) < 1e-5
+
+
+@pytest.mark.full
 def test_a_region_is_compiled_for_the_layouts_of_all_its_calls() -> None:
     # The first of the blocks is given a transposed stream, the others a contiguous one.
     entry = ZOO["SkyReelsV2Transformer3DModel"]

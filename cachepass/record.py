@@ -329,9 +329,7 @@ class _Recorder(TorchFunctionMode):
                 node = self.graph.call_function(ops.of_shape, (node, tuple(value.shape)))
                 node.meta["nn_module_stack"] = stack
             self.kept.append(value)
-            with torch._C.DisableTorchFunction():
-                # Of tensors that share memory, the fakes share it, too.
-                node.meta["example_value"] = self._fakes.from_tensor(value)
+            node.meta["example_value"] = self._fake_of(value)
             # What is written in place is the node that it was.
             self.nodes.setdefault(id(value), node)
         elif isinstance(value, (tuple, list)):
@@ -343,6 +341,15 @@ class _Recorder(TorchFunctionMode):
                     self._remember(part, item, sized=sized)
                     parts.append(self.nodes[id(part)].meta["example_value"])
             node.meta["example_value"] = tuple(parts)
+
+    def _fake_of(self, value: Tensor) -> Tensor:
+        """Of tensors that share memory, the fakes share it, too."""
+        with torch._C.DisableTorchFunction(), self._fakes:
+            if value._base is not None and value._base.dtype != value.dtype:  # torch has no fake
+                return torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
+            return self._fakes.from_tensor(value)
 
     @contextlib.contextmanager
     def modules(self) -> Iterator[None]:

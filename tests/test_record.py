@@ -82,6 +82,23 @@ def test_fakes_share_memory_where_tensors_do() -> None:
     assert memory["a"] == memory["b"] != memory["t"]
 
 
+class Rotating(ToyDiT):
+    """Takes pairs of values for complex numbers, as rotary embeddings do."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if y.sum() > 0:
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j
+            x = torch.view_as_real(pairs).flatten(-2)
+        return super().forward(x, t, y)
+
+
+def test_complex_views() -> None:
+    given = _given(3)
+    model = Rotating().eval()
+    with torch.no_grad():
+        assert torch.equal(_cached(model)(**given), model(**given))
+
+
 def test_policies_skip_what_was_recorded() -> None:
     torch.manual_seed(0)
     model = Choosing().eval()

@@ -74,8 +74,8 @@ def _compute_sizes_where_used(graph: fx.Graph) -> None:
     nothing but tensors is kept, and be absent where the block is skipped.
     """
     for size in reversed(list(graph.nodes)):  # those that it follows from come later
-        sizes = all(isinstance(value_of(n), torch.SymInt) for n in (size, *size.all_input_nodes))
-        if size.op != "call_function" or not sizes:
+        values = map(value_of, (size, *size.all_input_nodes))
+        if size.op != "call_function" or not all(isinstance(v, torch.SymInt) for v in values):
             continue
         for user in list(size.users):
             with graph.inserting_before(user):

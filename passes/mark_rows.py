@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from cachepass.ir.boundary import layout_of
 from cachepass.ir.graph import value_of
-from cachepass.ir.rows import symbols_in
+from cachepass.ir.rows import hint_of, symbols_in
 from cachepass.pass_manager import PassResult
 
 
@@ -33,7 +33,7 @@ class MarkRows:
         layout = layout_of(gm)
         assert layout.latent is not None
         size: Any = 1 if layout.listed else value_of(layout.latent).shape[0]
-        layout.batch = size if isinstance(size, int) else int(size.node.hint)
+        layout.batch = hint_of(size)
         own = symbols_in(size)
         if not own:
             return PassResult(gm, modified=False)
@@ -41,7 +41,7 @@ class MarkRows:
             symbol
             for node in layout.inputs.values()
             for other in value_of(node).shape[:1]
-            if isinstance(other, torch.SymInt) and other.node.hint == layout.batch
+            if isinstance(other, torch.SymInt) and hint_of(other) == layout.batch
             for symbol in symbols_in(other)
         )
         alike = own | others

@@ -347,11 +347,12 @@ class _Writer:
         # `torch.cond` takes no operands that share memory, as the parts of a chunk do.
         values = [scope.here(operand) for operand in operands]
         uses = collections.Counter(map(self.memory.get, values))
-        alone = {v for v in values if self.memory.get(v) is None or uses[self.memory[v]] == 1}
+        del uses[None]  # no input of the whole, but what an outer conditional was given alone
         inputs = tuple(
-            v if v.op == "placeholder" and v in alone else scope.call(tensors.own, v)
+            v if v.op == "placeholder" and uses[self.memory.get(v)] < 2
+            else scope.call(tensors.own, v)
             for v in values
-        )
+        )  # fmt: skip
         chosen = scope.graph.call_function(
             torch.ops.higher_order.cond, (every, arms[0], arms[1], inputs)
         )

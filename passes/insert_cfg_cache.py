@@ -102,7 +102,7 @@ def _declare(layout: Layout, site: Cfg, numbered: tuple[fx.Node, str], reference
             name=f"{site.name}.{branch}{number}",
             site=site.name,
             dtype=value.dtype,
-            rows=kept_along(layout, value, weighed=False),
+            rows=kept_along(layout, value),
             across_branches=True,
             within_step=True,
         )

@@ -251,6 +251,11 @@ class Slot:
     reference: bool = False
     """Whether a signal is measured against it."""
 
+    @property
+    def aside(self) -> tuple[int, ...]:
+        """What is said of the value's rows where it is measured or weighed: if not in front."""
+        return (self.rows,) if self.rows else ()
+
     def key(self, branch: str, sample: int) -> tuple[str | None, int, str]:
         """Where a session keeps the value of a row."""
         return (None if self.across_branches else branch, sample, self.name)
@@ -320,6 +325,9 @@ class Layout:
 
     row_symbols: frozenset[Any] = frozenset()
     """Sizes that count rows, as symbols; none where the batch has one size only."""
+
+    row_multiples: frozenset[Any] = frozenset()
+    """Sizes that are a multiple of the rows, each with its parts side by side (frames)."""
 
     rows_mixed: bool = False
     """Whether some slot holds rows in a way that cannot be told: requests may not share a call."""

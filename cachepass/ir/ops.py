@@ -142,21 +142,22 @@ FRAME_OPS = EFFECTS | {cache_read, weights, conditional}
 # Plain tensor code: traced through by Inductor and fused with its neighbours.
 
 
-def l1_sums(value: Tensor, reference: Tensor) -> Tensor:
+def l1_sums(value: Tensor, reference: Tensor, dim: int = 0) -> Tensor:
     """Per-row sums of a change: ``[sum|value - reference|, sum|reference|]``.
 
     Args:
         value: (rows, ...), any floating dtype.
         reference: like `value`.
+        dim: along which rows lie, where that is not the first one.
 
     Returns:
         (rows, 2) float32. Sums and not a ratio, so that ranks can add theirs up.
     """
-    a, b = value.float().flatten(1), reference.float().flatten(1)
+    a, b = (t.movedim(dim, 0).float().flatten(1) for t in (value, reference))
     return torch.stack([(a - b).abs().sum(1), b.abs().sum(1)], dim=1)
 
 
-def motion_sums(value: Tensor, reference: Tensor, frames: int) -> Tensor:
+def motion_sums(value: Tensor, reference: Tensor, frames: int, dim: int = 0) -> Tensor:
     """`l1_sums`, then the same pair for the change from one video frame to the next.
 
     The second pair is ``[sum|R[f+1] - R[f]|, sum(|R[f+1]| + |R[f]|)]``: the motion score of
@@ -166,10 +167,12 @@ def motion_sums(value: Tensor, reference: Tensor, frames: int) -> Tensor:
         value: (rows, frames * height * width, channels): tokens, frame-major.
         reference: like `value`.
         frames: number of latent frames.
+        dim: along which rows lie, where that is not the first one.
 
     Returns:
         (rows, 4) float32.
     """
+    value, reference = value.movedim(dim, 0), reference.movedim(dim, 0)
     video = value.float().unflatten(1, (frames, -1)).flatten(2)
     later, earlier = video[:, 1:], video[:, :-1]
     change = (later - earlier).abs().sum((1, 2))
@@ -177,15 +180,15 @@ def motion_sums(value: Tensor, reference: Tensor, frames: int) -> Tensor:
     return torch.cat([l1_sums(value, reference), torch.stack([change, size], dim=1)], dim=1)
 
 
-def trend_sums(value: Tensor, newer: Tensor, older: Tensor) -> Tensor:
+def trend_sums(value: Tensor, newer: Tensor, older: Tensor, dim: int = 0) -> Tensor:
     """`l1_sums` with `newer`, then ``[sum|value - older|, sum|newer - older|]``.
 
     Returns:
         (rows, 4) float32.
     """
-    a, b, c = (t.float().flatten(1) for t in (value, newer, older))
+    a, b, c = (t.movedim(dim, 0).float().flatten(1) for t in (value, newer, older))
     trend = torch.stack([(a - c).abs().sum(1), (b - c).abs().sum(1)], dim=1)
-    return torch.cat([l1_sums(value, newer), trend], dim=1)
+    return torch.cat([l1_sums(value, newer, dim), trend], dim=1)
 
 
 def clone(value: Tensor) -> Tensor:

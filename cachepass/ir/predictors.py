@@ -313,24 +313,27 @@ def _padded(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return (*weights, *(0.0,) * (count - len(weights)))
 
 
-def weighted_sum(weights: Tensor, values: Sequence[Tensor], base: Tensor | None) -> Tensor:
+def weighted_sum(
+    weights: Tensor, values: Sequence[Tensor], base: Tensor | None, dim: int = 0
+) -> Tensor:
     """``base + sum of weights[:, i] * values[i]``, row by row.
 
     Args:
         weights: (rows, number of values) float32.
         values: each of one shape (rows * k, ...); k > 1 where a model folds another axis in.
         base: like a value, or None for nothing.
+        dim: along which rows lie, where that is not the first one.
 
     Returns:
         A tensor of the values' shape and dtype; summed in float32 at least.
     """
     first = values[0]
-    each = first.shape[0] // weights.shape[0]
+    each = first.shape[dim] // weights.shape[0]
     if each > 1:
         weights = weights.repeat_interleave(each, dim=0)
     total = None if base is None else base.to(torch.promote_types(base.dtype, torch.float32))
     for i, value in enumerate(values):
-        term = weights[:, i].view(-1, *(1,) * (first.ndim - 1)) * value
+        term = weights[:, i].view(*(1,) * dim, -1, *(1,) * (first.ndim - dim - 1)) * value
         total = term if total is None else total + term
     assert total is not None
     return total.to(first.dtype)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Layout
 from cachepass.ir.ops import COUNT, Carried
 
@@ -31,8 +30,7 @@ def row_dim(layout: Layout, value: Any) -> int | None:
     """The dimension of a tensor along which rows lie; None if it carries none.
 
     Raises:
-        UnknownRowsError: rows lie along several, or among something else: a multiple of them may
-            have the parts of a row side by side (frames) or apart (a repeated batch).
+        UnknownRowsError: rows lie along several, or a row's parts lie apart (a repeated batch).
     """
     if not isinstance(value, Tensor):
         return None
@@ -45,36 +43,22 @@ def row_dim(layout: Layout, value: Any) -> int | None:
     if not dims:
         return None
     size: Any = value.shape[dims[0]]
-    if len(dims) > 1 or size.node.expr not in layout.row_symbols:
+    if len(dims) > 1 or size.node.expr not in layout.row_symbols | layout.row_multiples:
         raise UnknownRowsError(f"rows lie along {dims} of a value of shape {tuple(value.shape)}")
     return dims[0]
 
 
-def kept_along(layout: Layout, value: Tensor, *, weighed: bool) -> int | None:
+def kept_along(layout: Layout, value: Tensor) -> int | None:
     """The dimension along which what a slot holds is taken apart into rows.
 
     Where that cannot be told, the parts of a row are taken to lie side by side, in front: right
     for the rows of one request, which are put together again in the same order.
-
-    Args:
-        layout: of the graph.
-        value: example of what is kept.
-        weighed: whether it is measured or weighed row by row, along the first dimension.
-
-    Raises:
-        PolicyError: it is, and rows lie along another one.
     """
     try:
-        dim = row_dim(layout, value)
+        return row_dim(layout, value)
     except UnknownRowsError:
         layout.rows_mixed = layout.batch > 1
         return 0
-    if weighed and dim not in (0, None):
-        raise PolicyError(
-            f"rows lie along dimension {dim} of a value of shape {tuple(value.shape)} that the "
-            "policy measures or weighs: call this model with one row at a time"
-        )
-    return dim
 
 
 def carried(layout: Layout, operands: Sequence[fx.Node], results: Sequence[fx.Node]) -> Carried:

@@ -56,7 +56,7 @@ def declare(
                 name=name + (f".{part}" if part else "") + (f".{age}" if age else ""),
                 site=site.name,
                 dtype=value.dtype,
-                rows=kept_along(layout, value, weighed=reference or site.stand_in.weighted),
+                rows=kept_along(layout, value),
                 reference=reference,
                 across_branches=across_branches,
                 age=age,
@@ -180,7 +180,7 @@ def keep(
         ]
     for part, ages in zip(parts, stream.slots, strict=True):
         if measured is not None and part is parts[0]:
-            sums = graph.call_function(ops.l1_sums, (part, old))
+            sums = graph.call_function(ops.l1_sums, (part, old, *ages[0].aside))
             graph.call_function(ops.observe, (frame, measured.name, ages[0].name, sums))
         for newer, older in reversed(list(itertools.pairwise(ages))):
             graph.call_function(ops.cache_shift, (frame, newer.name, older.name))
@@ -207,7 +207,7 @@ def predict(
             else graph.call_function(ops.cache_read, (frame, slot.name, first))
             for ages in stream.slots for slot in ages
         ]  # fmt: skip
-        value = graph.call_function(weighted_sum, (weights, tuple(kept), base))
+        value = graph.call_function(weighted_sum, (weights, tuple(kept), base, *newest.aside))
     value.meta["example_value"] = stream.output.meta["example_value"]
     return value
 

@@ -327,6 +327,9 @@ def _compile(
     assert environment is not None
     guards_before = len(environment.guards)
     given = [_as_symbol(i, value, environment) for i, value in enumerate(inputs)]
+    count = _count_among(inputs)
+    if count is not None:
+        given.append(_share(given, count))
     context = torch._guards.TracingContext(mode)
     context.fakify_first_call = True  # which returns fakes with the strides of compiled results
     # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
@@ -335,7 +338,7 @@ def _compile(
         # Of ours is FrequencySplit alone, on tensors of the latent's size: eager serves there.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         wrapped: Any = compile_fx(
-            _fresh(region), given, inner_compile=keep, config_patches=patches or None
+            _fresh(region, counted=count is not None), given, inner_compile=keep, config_patches=patches or None
         )
         with mode:
             results = wrapped(*given)
@@ -354,9 +357,44 @@ def _compile(
         and not torch._C._is_any_autocast_enabled()
     )
     if not nothing_to_wrap or len(codes) != 1 or not isinstance(codes[0], CompiledFxGraph):
-        return CompiledRegion(lambda values: wrapped(*values), strides, guards)
+        return CompiledRegion(_with_count(lambda values: wrapped(*values), count), strides, guards)
     code: Any = codes[0].current_callable
-    return CompiledRegion(lambda values: code(values), strides, guards)
+    return CompiledRegion(_with_count(lambda values: code(values), count), strides, guards)
+
+
+Count = tuple[int, int, int]
+"""Where the number of rows can be had: an input, a dimension of it, how much of it is one row's."""
+
+
+def _count_among(inputs: Sequence[Any]) -> Count | None:
+    """Set where no input tells the number of rows, but only multiples of it (frames of all rows).
+
+    Inductor's code can do nothing with a multiple of what it does not know.
+    """
+    sizes = [
+        (i, dim, size.node.expr)
+        for i, value in enumerate(inputs)
+        if isinstance(value, Tensor)
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt)
+    ]
+    known = {expression for _, _, expression in sizes if expression.is_Symbol}
+    for i, dim, expression in sizes:
+        for symbol in expression.free_symbols - known:
+            if (expression / symbol).is_Integer:
+                return i, dim, int(expression / symbol)
+    return None
+
+
+def _share(inputs: Sequence[Any], count: Count) -> Any:
+    place, dim, each = count
+    return inputs[place].shape[dim] // each
+
+
+def _with_count(code: Compiled, count: Count | None) -> Compiled:
+    if count is None:
+        return code
+    return lambda values: code([*values, _share(values, count)])
 
 
 def _as_symbol(place: int, value: Any, environment: ShapeEnv) -> Any:
@@ -378,13 +416,20 @@ def _make_contiguous(arm: fx.GraphModule, index: int) -> None:
     arm.recompile()
 
 
-def _fresh(region: fx.GraphModule) -> fx.GraphModule:
-    """A copy for Inductor to own, without the capture's fakes and stack traces."""
+def _fresh(region: fx.GraphModule, *, counted: bool) -> fx.GraphModule:
+    """A copy for Inductor to own, without the capture's fakes and stack traces.
+
+    `counted` where it is given the number of rows besides, last.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in region.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {}
+    if counted:
+        last = list(graph.find_nodes(op="placeholder"))[-1]
+        with graph.inserting_after(last):
+            graph.placeholder("rows")
     return fx.GraphModule(region, graph)
 
 

@@ -1,8 +1,7 @@
 """Rows in tensors: take them apart, gather some, put them back together.
 
-A tensor carries rows along one dimension (`ir.rows` finds it). What a slot keeps may hold a
-multiple of them there, where a model folds another axis into its rows (frames): a row is then that
-many neighbours. Such values are never gathered.
+A tensor carries rows along one dimension (`ir.rows` finds it). Where a model folds another axis
+into its rows (frames), it holds a multiple of them there: a row is then that many neighbours.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ def gather(
     taken = []
     for operand, dim in zip(operands, dims, strict=True):
         if isinstance(dim, int):
-            operand = operand.index_select(dim, chosen.to(operand.device))
+            each = operand.unflatten(dim, (rows, operand.shape[dim] // rows))
+            operand = each.index_select(dim, chosen.to(operand.device)).flatten(dim, dim + 1)
         elif dim == COUNT:
             operand = operand // rows * len(chosen)
         taken.append(operand)
@@ -79,12 +79,15 @@ def scatter(
     results = []
     for place, dim in enumerate(dims):
         values = [(chosen, values[place]) for chosen, values in made]
-        _, whole = values[0]
+        some, whole = values[0]
         if dim is not None:
-            shape = (rows if i == dim else size for i, size in enumerate(whole.shape))
+            share = whole.shape[dim] // len(some)
+            shape = (rows * share if i == dim else size for i, size in enumerate(whole.shape))
             whole = whole.new_empty(tuple(shape))
+            each = whole.unflatten(dim, (rows, share))
             for chosen, value in values:
-                whole.index_copy_(dim, chosen.to(whole.device), value)
+                parts = value.unflatten(dim, (len(chosen), share))
+                each.index_copy_(dim, chosen.to(whole.device), parts)
         results.append(whole)
     return tuple(results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from cachepass.passes import MarkRows
 from cachepass.runtime.inputs import Inputs
 from tests.graphs import capture
 from tests.models import TINY, TOY, Tiny, as_tensor, distance
+from tests.requests import decisions
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 
@@ -113,31 +115,45 @@ def _compiled(model: nn.Module, policy: cachepass.NamedPolicy) -> Any:
     return cachepass.compile(model.eval(), policy=policy, inner="eager")
 
 
-def test_rows_along_another_dimension() -> None:
-    torch.manual_seed(0)
-    model = Transposed()
-    cached = _compiled(model, cachepass.Schedule(reuse={1: "stack"}))
-    a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))
-    x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
-    with a.at(step=0):
-        cached(x[:1], t[:1])
-    kept = [k.value for k in a.slots.values()]
-    assert {tuple(v.shape) for v in kept} == {(5, 1, 6)}
-    with cachepass.rows(cached, [a.row(step=1, branch="cond"), b.row(step=2, branch="cond")]):
-        out = as_tensor(cached(x, t))
-    with torch.no_grad():
-        assert distance(out, model(x, t)) < 1e-6  # the residual is that of the same input
-    slots = cached.denoiser.programs[-1].inputs.layout.slots.values()
-    assert {slot.rows for slot in slots} == {1}
-
-
 @pytest.mark.parametrize(
-    "policy", [cachepass.FirstBlock(), cachepass.TaylorSeer(site="stack")], ids=lambda p: p.name
+    "policy",
+    [
+        cachepass.Schedule(reuse={2: "stack", 3: "stack"}),
+        cachepass.FirstBlock(threshold=0.2, warmup_steps=0),
+        cachepass.TaylorSeer(site="stack", interval=2, warmup_steps=1),
+        cachepass.DiCache(threshold=0.4, warmup_steps=1),
+        cachepass.AdaCache(codebook=((0.2, 3), (1.0, 1)), motion=False),
+    ],
+    ids=lambda p: p.name,
 )
-def test_rows_that_are_measured_lie_in_front(policy: cachepass.NamedPolicy) -> None:
+def test_rows_along_another_dimension(policy: cachepass.NamedPolicy) -> None:
+    """Gathered, measured and weighed there: each row as alone."""
+    torch.manual_seed(0)
     cached = _compiled(Transposed(), policy)
-    with pytest.raises(cachepass.PolicyError, match=r"rows lie along dimension 1 of a value"):
-        cached(torch.randn(2, 5, 6), torch.tensor([1.0, 0.5]))
+    together, alone = (
+        [cachepass.session(cached, num_inference_steps=6) for _ in range(2)] for _ in range(2)
+    )
+    x, drift = torch.randn(2, 5, 6), torch.randn(2, 5, 6) * torch.tensor([0.02, 0.5])[:, None, None]
+    outputs: list[list[Tensor]] = [[], []]
+    for call in range(6):  # the second request starts two calls later
+        running = [0, 1][: 1 + (call >= 2)]
+        steps = [call - 2 * i for i in running]
+        given = torch.stack([x[i] + steps[i] * drift[i] for i in running])
+        times = torch.tensor([1.0 - step / 6 for step in steps])
+        for sessions, groups in ((together, [running]), (alone, [[i] for i in running])):
+            for group in groups:
+                rows = [sessions[i].row(step=steps[i], branch="cond") for i in group]
+                with cachepass.rows(cached, rows):
+                    made = as_tensor(cached(given[group], times[group]))
+                for i, output in zip(group, made.split(1), strict=True):
+                    outputs[i].append(output)
+    for i in range(2):
+        for ours, theirs in zip(outputs[i][::2], outputs[i][1::2], strict=True):
+            assert distance(ours, theirs) < 1e-5
+        assert decisions(together[i]) == decisions(alone[i])
+    assert any(names for _, _, names in decisions(together[0]))
+    slots = cached.denoiser.programs[-1].inputs.layout.slots.values()
+    assert 1 in {slot.rows for slot in slots}
 
 
 class Repeated(Transposed):
@@ -165,3 +181,48 @@ def test_rows_that_cannot_be_told_apart() -> None:
     for step in range(2):
         with sessions[0].at(step=step):
             assert distance(as_tensor(cached(x, t)), expected) < 1e-6
+
+
+# ----------------------------------------------------------------------- folded axes
+
+
+def _multiples(forward: Callable[[Tensor], Tensor]) -> set[str]:
+    """Which sizes are found to have each row's parts side by side; the number of rows is B."""
+
+    class Folding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            h = forward(x + t[:, None, None, None])
+            for block in self.blocks:
+                h = h + block(h)
+            return h.view(x.shape)
+
+    cached = _compiled(Folding(), cachepass.Schedule(reuse={1: "stack"}))
+    cached(torch.randn(3, 4, 5, 6), torch.ones(3))
+    layout = cached.denoiser.programs[0].inputs.layout
+    (rows,) = map(str, layout.row_symbols)
+    return {str(size).replace(rows, "B") for size in layout.row_multiples}
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        (lambda x: x.flatten(0, 1), {"4*B"}),
+        (lambda x: x.reshape(-1, 6), {"20*B"}),
+        (lambda x: x.transpose(1, 2).reshape(-1, 4, 6), {"5*B"}),
+        (lambda x: x.flatten(0, 1).unflatten(0, (-1, 4)).transpose(1, 2).reshape(-1, 4, 6),
+         {"4*B", "5*B"}),
+        (lambda x: x.flatten(0, 1) + x[:, 0].repeat_interleave(4, 0), {"4*B"}),
+        (lambda x: x.flatten(0, 1) + x[:, :1].expand(-1, 4, -1, -1).flatten(0, 1), {"4*B"}),
+        # A row's parts lie apart, be it in one place alone.
+        (lambda x: x.transpose(0, 1).flatten(0, 1), set()),
+        (lambda x: x.flatten(0, 1) + x[:, 0].repeat(4, 1, 1), set()),
+        (lambda x: x.flatten(0, 1) + torch.cat([*x.unbind(1)]), set()),
+        (lambda x: x.transpose(0, 1).flatten(0, 1).reshape(-1, 6), set()),
+    ],
+)  # fmt: skip
+def test_multiples_of_rows(forward: Callable[[Tensor], Tensor], found: set[str]) -> None:
+    assert _multiples(forward) == found

@@ -28,20 +28,29 @@ class FoldSizes:
        drawn at random.
     2. Where an entry of such a tensor serves as a number, it becomes one, and the shapes that
        follow from it are computed anew.
-    3. A graph without sizes that depend on data is left alone.
+    3. A size that was a symbol, and that capture has found to be one number (a model may fix its
+       batch), is put in as that number.
+    4. A graph without sizes of either kind is left alone.
     """
 
     name: str = "fold-sizes"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        if not any(_unknown(node.meta.get("example_value")) for node in gm.graph.nodes):
+        known: dict[fx.Node, Any] = {
+            node: number
+            for node in gm.graph.nodes
+            if node.users and (number := _settled(node.meta.get("example_value"))) is not None
+        }
+        unknown = any(_unknown(node.meta.get("example_value")) for node in gm.graph.nodes)
+        if not (known or unknown):
             return PassResult(gm, modified=False)
-        known: dict[fx.Node, Any] = {}
         modified = False
         for node in list(gm.graph.nodes):
             if not node.op.startswith("call"):
                 continue
-            if all(used in known for used in node.all_input_nodes):
+            if node in known:
+                continue
+            if unknown and all(used in known for used in node.all_input_nodes):
                 value = _computed(node, known)
                 if value is not None:
                     known[node] = value
@@ -66,6 +75,13 @@ def _number(value: Any, node: fx.Node) -> Any:
     if isinstance(value, Tensor) and not value.ndim:
         return value.item()
     return value if isinstance(value, int) else node
+
+
+def _settled(value: Any) -> int | None:
+    """The number that a symbol has come to be."""
+    if not isinstance(value, torch.SymInt) or not value.node.expr.is_Integer:
+        return None
+    return int(value.node.expr)
 
 
 def _unknown(value: Any) -> bool:

@@ -338,7 +338,10 @@ def _compile(
         # Of ours is FrequencySplit alone, on tensors of the latent's size: eager serves there.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         wrapped: Any = compile_fx(
-            _fresh(region, counted=count is not None), given, inner_compile=keep, config_patches=patches or None
+            _fresh(region, counted=count is not None),
+            given,
+            inner_compile=keep,
+            config_patches=patches or None,
         )
         with mode:
             results = wrapped(*given)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+import cachepass
 from cachepass import capture
+from cachepass.ir.graph import walk
 from cachepass.pass_manager import run_passes
 from cachepass.passes import FoldSizes
 from tests.graphs import capture as capture_tiny
@@ -73,3 +77,35 @@ def test_numbers_of_a_list_are_followed() -> None:
     gm, args, expected = _captured(Listed())
     run_passes(gm, [FoldSizes()])
     assert torch.equal(gm(*args)[0], expected)
+
+
+class Fixing(nn.Module):
+    """Asks for the number of rows, and then chooses by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        rows = x.shape[0]
+        h = x.reshape(rows, 8, 6) + t.view(rows, 1, 1)
+        if rows == 2:
+            h = h + 1
+        for block in self.blocks:
+            h = h + block(h)
+        return h.reshape(rows, 8, 6)
+
+
+def test_a_batch_that_the_model_fixes() -> None:
+    """Its size is a symbol at first; a region that returned it could not be compiled."""
+    model = Fixing().eval()
+    cached: Any = cachepass.compile(model, policy="compute", inner="eager")
+    x, t = torch.randn(2, 8, 6), torch.ones(2)
+    with torch.no_grad():
+        assert torch.equal(cached(x, t), model(x, t))
+    (program,) = cached.denoiser.programs
+    assert program.inputs.layout.row_symbols == frozenset()
+    for part in walk(program.gm):
+        for node in part.graph.nodes:
+            assert not isinstance(node.meta.get("example_value"), torch.SymInt)
+            assert node.target not in ("size", torch.Tensor.size)

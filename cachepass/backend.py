@@ -13,8 +13,9 @@ from torch import fx
 
 from cachepass import capture
 from cachepass.errors import CachePassError, PolicyError
+from cachepass.lowering.compiler import RegionCompiler
 from cachepass.lowering.graph import GraphCompiler
-from cachepass.lowering.regions import RegionCompiler, lower
+from cachepass.lowering.regions import lower
 from cachepass.lowering.shapes import plan_of
 from cachepass.observe import dump_to
 from cachepass.pass_manager import run_passes

@@ -24,8 +24,8 @@ from cachepass.adapters import hooks
 from cachepass.arguments import Value, key_of, values_of
 from cachepass.backend import Inner, backend_of
 from cachepass.errors import CachePassError, CaptureError
+from cachepass.lowering.compiler import RegionCompiler
 from cachepass.lowering.graph import GraphCompiler
-from cachepass.lowering.regions import RegionCompiler
 from cachepass.moe.shadow import Shadow
 from cachepass.record import Recording, record, record_or_none
 from cachepass.runtime.batch import in_front

@@ -17,9 +17,9 @@ from torch._subclasses import FakeTensorMode
 
 from cachepass.errors import SessionError
 from cachepass.ir.boundary import call_inputs
+from cachepass.lowering.compiler import patches_of
 from cachepass.lowering.conditional import exact_operands
 from cachepass.lowering.functional import Functional, functionalize
-from cachepass.lowering.regions import patches_of
 from cachepass.lowering.rule import where_it_stands
 from cachepass.lowering.shapes import fake_inputs, latent_in, slot_shapes
 from cachepass.lowering.share import share_regions

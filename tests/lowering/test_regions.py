@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import cachepass
 from cachepass.ir import ops
-from cachepass.lowering.regions import CompiledRegion, RegionCompiler
+from cachepass.lowering.compiler import CompiledRegion, RegionCompiler
 from tests.models import TOY, distance
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from cachepass.ir.graph import call_target, mutated, value_of
+from cachepass.ir.graph import acts, call_target, drop_unused, value_of
 from cachepass.pass_manager import PassResult
 
 _MOST = 1024
@@ -65,8 +65,7 @@ class FoldSizes:
                 node.meta["example_value"] = value = _example(node)
                 if isinstance(value, int):
                     known[node] = value
-        # To torch.fx a method is pure, also one that writes to its tensor.
-        gm.graph.eliminate_dead_code(lambda n: n.is_impure() or mutated(n) is not None)
+        drop_unused(gm.graph, acts)
         return PassResult(gm, modified)
 
 

@@ -139,7 +139,7 @@ def _compare(graph: fx.Graph, frame: fx.Node, signal: Signal, slot: Slot, now: f
     """Measure a value against what its slot holds, and keep a copy in its place."""
     old = graph.call_function(ops.cache_read, (frame, slot.name, now))
     pair = (old, now) if isinstance(signal, OutputChange) else (now, old)
-    sums = graph.call_function(ops.l1_sums, (*pair, *slot.aside))
+    sums = graph.call_function(ops.l1_sums, (*pair, *slot.dim_argument))
     kept = graph.call_function(ops.clone, (now,))
     graph.call_function(ops.observe, (frame, signal.name, slot.name, sums))
     return graph.call_function(ops.cache_write, (frame, slot.name, kept))
@@ -199,7 +199,7 @@ def _measure_blocks(
     value.meta["example_value"] = leaving.meta["example_value"]
     with graph.inserting_after(value):
         measure = ops.trend_sums if signal.trend else ops.l1_sums
-        sums = graph.call_function(measure, (value, *read, *slots[0].aside))
+        sums = graph.call_function(measure, (value, *read, *slots[0].dim_argument))
     with graph.inserting_after(sums):
         last = graph.call_function(ops.observe, (frame, signal.name, slots[0].name, sums))
     if signal.against is Against.STEP:
@@ -273,9 +273,9 @@ def _measure_sublayer(
     kept.meta.update(place=place, example_value=residual.meta["example_value"])
     with graph.inserting_after(kept):
         sums = (
-            graph.call_function(ops.l1_sums, (residual, old, *slot.aside))
+            graph.call_function(ops.l1_sums, (residual, old, *slot.dim_argument))
             if frames is None
-            else graph.call_function(ops.motion_sums, (residual, old, frames, *slot.aside))
+            else graph.call_function(ops.motion_sums, (residual, old, frames, *slot.dim_argument))
         )
     sums.meta["place"] = place
 

@@ -35,7 +35,7 @@ def fit_adacache(runs: Runs, base: AdaCache, rate: float | None) -> Fitted:
     """
     (signal,) = base.combine().trigger.signals()
     longest = max(steps for _, steps in base.codebook) if rate is not None else 1
-    kept: dict[tuple[int, str], collections.deque[tuple[int, int, Tensor]]] = {}
+    kept: dict[tuple[int, str], collections.deque[tuple[int, int, list[Tensor]]]] = {}
     courses: dict[tuple[int, int], Course] = collections.defaultdict(dict)
     scores: list[float] = []
     length = 0
@@ -50,10 +50,10 @@ def fit_adacache(runs: Runs, base: AdaCache, rate: float | None) -> Fitted:
             of_step = courses[call.prompt, row].setdefault(call.step, {})
             if measure.second is not None:
                 scores.append(measure.second)
-            for prompt, step, value in earlier:
+            for prompt, step, values in earlier:
                 if prompt == call.prompt:
-                    sums = Sums(ops.l1_sums(now, value), len(now))
-                    found = Observation(sums, row, call.step, step).measure()
+                    sums = Sums(ops.l1_sums(now[row], values[row]), 1)
+                    found = Observation(sums, 0, call.step, step).measure()
                     found = dataclasses.replace(found, second=measure.second)
                     of_step.setdefault(found.gap, []).append(found)
         earlier.append((call.prompt, call.step, now))

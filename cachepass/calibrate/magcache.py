@@ -7,6 +7,7 @@ import dataclasses
 import math
 import statistics
 
+import torch
 from torch import Tensor
 
 from cachepass.calibrate.runs import Call, Fitted, Runs
@@ -38,7 +39,8 @@ def fit_magcache(runs: Runs, base: MagCache, rate: float | None) -> Fitted:
     def seen(call: Call) -> None:
         nonlocal length
         length = call.session.num_steps or 0
-        sizes = call.kept(_STACK.name).float().norm(dim=-1)
+        rows = call.kept(_STACK.name)
+        sizes = torch.cat([value.float().norm(dim=-1).flatten() for value in rows])
         prompt, last = before.get((call.denoiser, call.branch), (-1, sizes))
         ratio = float((sizes / last).mean()) if prompt == call.prompt else 1.0
         found[call.branch == "uncond"][call.step].append(ratio)

@@ -70,13 +70,13 @@ class Call:
         seen = self.session.signals.items()
         return [s.measure() for (b, _, name), s in seen if (b, name) == (self.branch, signal)]
 
-    def kept(self, prefix: str) -> Tensor:
-        """The largest value in this branch's slots of that prefix, of all rows."""
+    def kept(self, prefix: str) -> list[Tensor]:
+        """The largest value in this branch's slots of that prefix, row by row."""
         rows: dict[str, list[Tensor]] = collections.defaultdict(list)
         for (branch, _, name), kept in self.session.slots.items():
             if branch == self.branch and name.startswith(prefix):
                 rows[name].append(kept.value)
-        return torch.cat(max(rows.values(), key=lambda values: values[0].numel()))
+        return max(rows.values(), key=lambda values: values[0].numel())
 
 
 @dataclasses.dataclass(kw_only=True)

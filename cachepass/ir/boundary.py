@@ -252,8 +252,8 @@ class Slot:
     """Whether a signal is measured against it."""
 
     @property
-    def aside(self) -> tuple[int, ...]:
-        """What is said of the value's rows where it is measured or weighed: if not in front."""
+    def dim_argument(self) -> tuple[int, ...]:
+        """The `dim` for functions that measure or weigh rows; none for rows in front."""
         return (self.rows,) if self.rows else ()
 
     def key(self, branch: str, sample: int) -> tuple[str | None, int, str]:
@@ -329,8 +329,11 @@ class Layout:
     row_multiples: frozenset[Any] = frozenset()
     """Sizes that are a multiple of the rows, each with its parts side by side (frames)."""
 
-    rows_mixed: bool = False
-    """Whether some slot holds rows in a way that cannot be told: requests may not share a call."""
+    mixed_by: dict[Any, str] = dataclasses.field(default_factory=dict)
+    """The other multiples, each with the operation that puts a row's parts apart, or may."""
+
+    rows_mixed: str = ""
+    """Why requests may not share a call: what a slot holds, where its rows cannot be told."""
 
     probed: int = 0
     """Blocks that run before the decision, since the policy looks at them."""

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cachepass.errors import PolicyError
 from cachepass.ir.boundary import Layout
 from cachepass.ir.ops import COUNT, Carried
+
+COUNTS_ROWS = "counts_rows"
+"""In the `meta` of a node: integers that are numbered over all rows, and mean nothing to some."""
 
 
 class UnknownRowsError(LookupError):
@@ -44,20 +48,37 @@ def row_dim(layout: Layout, value: Any) -> int | None:
         return None
     size: Any = value.shape[dims[0]]
     if len(dims) > 1 or size.node.expr not in layout.row_symbols | layout.row_multiples:
-        raise UnknownRowsError(f"rows lie along {dims} of a value of shape {tuple(value.shape)}")
+        by = layout.mixed_by.get(size.node.expr)
+        raise UnknownRowsError(
+            f"rows lie along {dims} of a value of shape {tuple(value.shape)}"
+            + (f", and {by} may put a row's parts apart" if by else "")
+        )
     return dims[0]
 
 
 def kept_along(layout: Layout, value: Tensor) -> int | None:
     """The dimension along which what a slot holds is taken apart into rows.
 
-    Where that cannot be told, the parts of a row are taken to lie side by side, in front: right
-    for the rows of one request, which are put together again in the same order.
+    Where that cannot be told, the parts of a row are taken to lie side by side, in front: what is
+    kept of the rows of one request is put together again in the same order.
+
+    Raises:
+        PolicyError: they seem to lie along another dimension, of a batch that has one size only.
     """
+    batch = layout.batch
+    if not layout.row_symbols and batch > 1:
+        first, *others = map(hint_of, value.shape) if value.ndim else (1,)
+        if first not in (1, batch) and batch in others:
+            raise PolicyError(
+                f"a value of shape {(first, *others)} is to be kept, and its {batch} rows do not "
+                "lie in front: call this model with one row at a time (where it does not fix the "
+                "size of its batch, lowering='regions' takes several)"
+            )
     try:
         return row_dim(layout, value)
-    except UnknownRowsError:
-        layout.rows_mixed = layout.batch > 1
+    except UnknownRowsError as error:
+        if batch > 1:
+            layout.rows_mixed = layout.rows_mixed or str(error)
         return 0
 
 
@@ -66,14 +87,17 @@ def carried(layout: Layout, operands: Sequence[fx.Node], results: Sequence[fx.No
     if not layout.row_symbols:
         return None
     try:
-        given = tuple(_way(layout, node.meta.get("example_value")) for node in operands)
+        given = tuple(_way(layout, node) for node in operands)
         returned = tuple(row_dim(layout, node.meta.get("example_value")) for node in results)
     except UnknownRowsError:
         return None
     return given, returned
 
 
-def _way(layout: Layout, value: Any) -> int | str | None:
+def _way(layout: Layout, node: fx.Node) -> int | str | None:
+    value = node.meta.get("example_value")
+    if node.meta.get(COUNTS_ROWS):
+        raise UnknownRowsError(f"{node.name} is numbered over all rows")
     if isinstance(value, torch.SymInt) and symbols_in(value) & layout.row_symbols:
         if not _is_multiple(layout, value):
             raise UnknownRowsError(f"a number {value} that is no multiple of the rows")

@@ -180,7 +180,7 @@ def keep(
         ]
     for part, ages in zip(parts, stream.slots, strict=True):
         if measured is not None and part is parts[0]:
-            sums = graph.call_function(ops.l1_sums, (part, old, *ages[0].aside))
+            sums = graph.call_function(ops.l1_sums, (part, old, *ages[0].dim_argument))
             graph.call_function(ops.observe, (frame, measured.name, ages[0].name, sums))
         for newer, older in reversed(list(itertools.pairwise(ages))):
             graph.call_function(ops.cache_shift, (frame, newer.name, older.name))
@@ -207,7 +207,9 @@ def predict(
             else graph.call_function(ops.cache_read, (frame, slot.name, first))
             for ages in stream.slots for slot in ages
         ]  # fmt: skip
-        value = graph.call_function(weighted_sum, (weights, tuple(kept), base, *newest.aside))
+        value = graph.call_function(
+            weighted_sum, (weights, tuple(kept), base, *newest.dim_argument)
+        )
     value.meta["example_value"] = stream.output.meta["example_value"]
     return value
 

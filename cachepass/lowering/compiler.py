@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -36,6 +36,9 @@ class CompiledRegion:
     guards: Sequence[sympy.Basic]
     """What was taken for granted about the number of rows."""
 
+    counted: bool
+    """Whether it is given the number of rows besides, last."""
+
 
 class RegionCompiler:
     """Compiles regions with Inductor, each once per signature of its inputs."""
@@ -49,14 +52,14 @@ class RegionCompiler:
         """Spent in `lower`, most of it in Inductor and the C++ compiler."""
 
     def __call__(
-        self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode
+        self, region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, rows: Any
     ) -> CompiledRegion:
-        """The compiled region for fake or plain `inputs`."""
+        """The compiled region for fake or plain `inputs`, of so many rows."""
         made = self._compiled.setdefault((id(region), signature_of(inputs)), [])
         for compiled in made:
             if hold(compiled.guards, hints(mode)):
                 return compiled
-        made.append(_compile(region, inputs, mode, self._patches))
+        made.append(_compile(region, inputs, mode, rows, self._patches))
         self._regions.append(region)
         self.count += 1
         return made[-1]
@@ -92,8 +95,9 @@ def strides_of(value: Any, known: Mapping[sympy.Symbol, int] | None = None) -> A
 
 
 def _compile(
-    region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, patches: dict[str, Any]
-) -> CompiledRegion:
+    region: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode, rows: Any,
+    patches: dict[str, Any],
+) -> CompiledRegion:  # fmt: skip
     """Inductor's own code for a region, without what AOTAutograd wraps around it.
 
     The wrappers regenerate views of inputs, apply mutations and handle grad mode. A region has
@@ -110,9 +114,9 @@ def _compile(
     assert environment is not None
     guards_before = len(environment.guards)
     given = [_as_symbol(i, value, environment) for i, value in enumerate(inputs)]
-    count = _count_among(inputs)
-    if count is not None:
-        given.append(_share(given, count))
+    counted = _leaves_rows_open(inputs)
+    if counted:
+        given.append(rows)
     context = torch._guards.TracingContext(mode)
     context.fakify_first_call = True  # which returns fakes with the strides of compiled results
     # AOTAutograd's cache would hand out the wrapped code alone; Inductor's own serves as well.
@@ -121,7 +125,7 @@ def _compile(
         # Of ours is FrequencySplit alone, on tensors of the latent's size: eager serves there.
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for comp")
         wrapped: Any = compile_fx(
-            _fresh(region, counted=count is not None),
+            _fresh(region, counted=counted),
             given,
             inner_compile=keep,
             config_patches=patches or None,
@@ -143,44 +147,20 @@ def _compile(
         and not torch._C._is_any_autocast_enabled()
     )
     if not nothing_to_wrap or len(codes) != 1 or not isinstance(codes[0], CompiledFxGraph):
-        return CompiledRegion(_with_count(lambda values: wrapped(*values), count), strides, guards)
+        return CompiledRegion(lambda values: wrapped(*values), strides, guards, counted)
     code: Any = codes[0].current_callable
-    return CompiledRegion(_with_count(lambda values: code(values), count), strides, guards)
+    return CompiledRegion(lambda values: code(values), strides, guards, counted)
 
 
-Count = tuple[int, int, int]
-"""Where the number of rows can be had: an input, a dimension of it, how much of it is one row's."""
-
-
-def _count_among(inputs: Sequence[Any]) -> Count | None:
-    """Set where no input tells the number of rows, but only multiples of it (frames of all rows).
+def _leaves_rows_open(inputs: Sequence[Any]) -> bool:
+    """Whether inputs hold multiples of the rows alone (frames of all rows).
 
     Inductor's code can do nothing with a multiple of what it does not know.
     """
-    sizes: list[tuple[int, int, sympy.Expr]] = [
-        (i, dim, size.node.expr)
-        for i, value in enumerate(inputs)
-        if isinstance(value, Tensor)
-        for dim, size in enumerate(cast(Sequence[Any], value.shape))
-        if isinstance(size, torch.SymInt)
-    ]
-    known = {expression for _, _, expression in sizes if expression.is_Symbol}
-    for i, dim, expression in sizes:
-        for symbol in expression.free_symbols - known:
-            if (expression / symbol).is_Integer:
-                return i, dim, int(expression / symbol)
-    return None
-
-
-def _share(inputs: Sequence[Any], count: Count) -> Any:
-    place, dim, each = count
-    return inputs[place].shape[dim] // each
-
-
-def _with_count(code: Compiled, count: Count | None) -> Compiled:
-    if count is None:
-        return code
-    return lambda values: code([*values, _share(values, count)])
+    sizes = [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
+    used = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+    known = {expression for expression in used if expression.is_Symbol}
+    return any(expression.free_symbols - known for expression in used)
 
 
 def _as_symbol(place: int, value: Any, environment: ShapeEnv) -> Any:

@@ -35,6 +35,7 @@ from cachepass.lowering.compiler import (
 )
 from cachepass.lowering.patch import replaced
 from cachepass.lowering.shapes import fake_inputs, latent_in
+from cachepass.runtime.frame import Frame
 from cachepass.runtime.inputs import Inputs, signature_of
 from cachepass.runtime.program import Driver
 
@@ -129,12 +130,14 @@ class _Lowering:
                 copies[node] = graph.node_copy(node)
             elif node.op == "call_module":
                 region = getattr(gm, str(node.target))
-                compiled = self._compiler(region, inputs, self._mode)
+                compiled = self._compiler(region, inputs, self._mode, self._rows)
                 self._guards.update(compiled.guards)
                 values[node] = self._run(region, inputs, compiled.strides)
-                taken = tuple(copies[a] if isinstance(a, fx.Node) else a for a in node.args)
+                taken = [copies[a] if isinstance(a, fx.Node) else a for a in node.args]
+                if compiled.counted:
+                    taken.append(graph.call_function(_count, (next(iter(graph.nodes)),)))
                 copies[node] = graph.call_function(
-                    _named(compiled.code, str(node.target)), ([*taken],)
+                    _named(compiled.code, str(node.target)), (taken,)
                 )
             else:
                 if node.target is ops.conditional:
@@ -248,6 +251,11 @@ def _make_contiguous(arm: fx.GraphModule, index: int) -> None:
         value = arm.graph.call_method("contiguous", (results[index],))
     output.args = ((*results[:index], value, *results[index + 1 :]),)
     arm.recompile()
+
+
+def _count(frame: Frame) -> int:
+    """The rows that the call, or an arm, is run for."""
+    return len(frame.rows)
 
 
 def _named(compiled: Compiled, name: str) -> Compiled:

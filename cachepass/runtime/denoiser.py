@@ -284,8 +284,8 @@ class Denoiser:
             sessions = list(dict.fromkeys(place.session for place in places))
             if len(sessions) > 1 and inputs.layout.rows_mixed:
                 raise SessionError(
-                    "the model folds other axes into its rows, and how cannot be told from their "
-                    "sizes: call its requests one by one"
+                    "requests cannot share a call of this model, since the parts of a row may lie "
+                    f"apart: {inputs.layout.rows_mixed}. Call its requests one by one"
                 )
             try:
                 rows = self._begin(inputs, args, places, sessions, plan)

@@ -24,6 +24,14 @@ def test_l1_sums(dtype: torch.dtype) -> None:
         assert sums[row].tolist() == pytest.approx([diff, float(b[row].double().abs().sum())])
 
 
+def test_sums_of_rows_elsewhere() -> None:
+    a, b, c = (torch.randn(3, 8, 5) for _ in range(3))
+    x, y, z = (t.transpose(0, 1) for t in (a, b, c))
+    assert torch.equal(ops.l1_sums(x, y, 1), ops.l1_sums(a, b))
+    assert torch.equal(ops.trend_sums(x, y, z, 1), ops.trend_sums(a, b, c))
+    assert torch.equal(ops.motion_sums(x, y, 4, 1), ops.motion_sums(a, b, 4))
+
+
 def test_motion_sums() -> None:
     frames, tokens = 3, 4
     value, reference = torch.randn(2, frames * tokens, 5), torch.randn(2, frames * tokens, 5)

@@ -19,7 +19,7 @@ from tests.models import TOY, distance
 def _compiled(region: fx.GraphModule, *inputs: Tensor) -> CompiledRegion:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     fakes = [mode.from_tensor(value, static_shapes=True) for value in inputs]
-    return RegionCompiler()(region, fakes, mode)
+    return RegionCompiler()(region, fakes, mode, 1)
 
 
 def test_strides_are_those_of_compiled_results() -> None:

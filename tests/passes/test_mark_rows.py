@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -172,7 +172,7 @@ def test_rows_that_cannot_be_told_apart() -> None:
     sessions = [cachepass.session(cached, num_inference_steps=4) for _ in range(2)]
     x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
     with (
-        pytest.raises(cachepass.SessionError, match=r"the model folds other axes into its rows"),
+        pytest.raises(cachepass.SessionError, match=r"row may lie apart: .*, and `repeat` may"),
         cachepass.rows(cached, sessions),
     ):
         cached(x, t)
@@ -184,6 +184,19 @@ def test_rows_that_cannot_be_told_apart() -> None:
 
 
 # ----------------------------------------------------------------------- folded axes
+
+TABLE = torch.randn(4, 5, 6)
+
+
+@torch.library.custom_op("cachepass_tests::of_a_library", mutates_args=())
+def _of_a_library(x: Tensor) -> Tensor:
+    out: Tensor = x.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1).contiguous()
+    return out
+
+
+@_of_a_library.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _multiples(forward: Callable[[Tensor], Tensor]) -> set[str]:
@@ -217,12 +230,86 @@ def _multiples(forward: Callable[[Tensor], Tensor]) -> set[str]:
          {"4*B", "5*B"}),
         (lambda x: x.flatten(0, 1) + x[:, 0].repeat_interleave(4, 0), {"4*B"}),
         (lambda x: x.flatten(0, 1) + x[:, :1].expand(-1, 4, -1, -1).flatten(0, 1), {"4*B"}),
-        # A row's parts lie apart, be it in one place alone.
+        # What every row gets alike, or what is looked up within a row.
+        (lambda x: x.flatten(0, 1) + torch.zeros(x.shape[0] * 4, 1, 6), {"4*B"}),
+        (lambda x: x.flatten(0, 1) + TABLE.repeat(x.shape[0], 1, 1), {"4*B"}),
+        (lambda x: x.flatten(0, 1) + TABLE[:1].expand(x.shape[0] * 4, -1, -1), {"4*B"}),
+        (lambda x: x.flatten(0, 1)[:, [4, 3, 2, 1, 0]], {"4*B"}),
+        # A row's parts lie apart, be it in one place alone; or nobody can say.
         (lambda x: x.transpose(0, 1).flatten(0, 1), set()),
         (lambda x: x.flatten(0, 1) + x[:, 0].repeat(4, 1, 1), set()),
         (lambda x: x.flatten(0, 1) + torch.cat([*x.unbind(1)]), set()),
         (lambda x: x.transpose(0, 1).flatten(0, 1).reshape(-1, 6), set()),
+        (lambda x: x.flatten(0, 1) + TABLE.repeat_interleave(x.shape[0], 0), set()),
+        (lambda x: x.flatten(0, 1).flip(0), set()),
+        (lambda x: x.flatten(0, 1).roll(1, 0), set()),
+        (lambda x: x.flatten(0, 1)[x.flatten(0, 1).mean((1, 2)).argsort()], set()),
+        (lambda x: x.flatten(0, 1).index_select(0, torch.arange(4 * x.shape[0])), set()),
+        (lambda x: x.flatten(0, 1).view(4, -1, 5, 6).transpose(0, 1).reshape(-1, 5, 6), set()),
+        (lambda x: _of_a_library(x.flatten(0, 1)), set()),
     ],
 )  # fmt: skip
 def test_multiples_of_rows(forward: Callable[[Tensor], Tensor], found: set[str]) -> None:
     assert _multiples(forward) == found
+
+
+class Indexed(nn.Module):
+    """Shuffles the tokens of all rows in its blocks, by an index that is made before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Shuffling() for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        rows, tokens = x.shape[:2]
+        within = torch.tensor([2, 0, 1, 4, 3])
+        index = (torch.arange(rows)[:, None] * tokens + within).reshape(-1)
+        h = x + t[:, None, None]
+        for block in self.blocks:
+            h = block(h, index)
+        return h
+
+
+class Shuffling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, h: Tensor, index: Tensor) -> Tensor:
+        shuffled = h.reshape(-1, 6)[index].view(h.shape)
+        return h + torch.tanh(self.linear(shuffled))
+
+
+def test_numbers_of_all_rows_are_not_gathered() -> None:
+    """They would point to places that some of the rows do not have: all rows are computed."""
+    torch.manual_seed(0)
+    model = Indexed()
+    cached = _compiled(model, cachepass.Schedule(reuse={1: "stack"}))
+    x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
+    a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))
+    with torch.no_grad():
+        want = model(x, t)
+    for steps in ((0, 2), (1, 3)):  # the first request reuses in the second call
+        with cachepass.rows(cached, [s.row(step=i) for s, i in zip((a, b), steps, strict=True)]):
+            out = as_tensor(cached(x, t))
+        assert distance(out, want) < 1e-6
+    assert [names for _, _, names in decisions(a)] == [[], ["stack"]]
+
+
+class Fixing(Transposed):
+    """Chooses by the number of rows, which makes it one that is fixed."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x if x.shape[0] == 2 else -x, t)
+
+
+@pytest.mark.parametrize("lowering", ["graph", "regions"])
+def test_rows_elsewhere_in_a_batch_of_one_size(lowering: Literal["graph", "regions"]) -> None:
+    model = Fixing() if lowering == "regions" else Transposed()
+    policy = cachepass.AdaCache(codebook=((0.2, 3), (1.0, 1)), motion=False)
+    cached: Any = cachepass.compile(model.eval(), policy=policy, inner="eager", lowering=lowering)
+    for tokens in (4, 5):
+        with pytest.raises(
+            cachepass.PolicyError, match=rf"\({tokens}, 2, 6\) is to be kept.*in front"
+        ):
+            cached(torch.randn(2, tokens, 6), torch.tensor([1.0, 0.5]))

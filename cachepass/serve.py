@@ -68,7 +68,8 @@ class Batcher:
     Requests join and leave between steps. Those whose calls cannot be one batch (another
     resolution, other options) are called apart, in the same round. A request that fails, or whose
     future is cancelled, leaves with its caches; others go on. If a call of several fails, each is
-    called again alone, with empty caches.
+    called again alone; with empty caches if the call had begun (to keep what they held until a call
+    has ended would take twice their memory).
 
     Args:
         model: what `cachepass.compile` returned, with ``lowering="regions"``.

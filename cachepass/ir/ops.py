@@ -23,9 +23,10 @@ Arm = Callable[..., Any]
 COUNT = "count"
 """Of a number that is a multiple of the number of rows."""
 
-Carried = tuple[tuple[int | str | None, ...], tuple[int | None, ...]] | None
+Carried = tuple[tuple[int | str | None, ...] | None, tuple[int | None, ...]] | None
 """How operands and results of a conditional carry rows: each along a dimension, as a `COUNT`, or
-not at all. None where it is not known: the batch has one size only."""
+not at all. None for the operands where it is not known of one, None for both where it is not known
+of a result: the batch has one size only, say."""
 
 
 class When(enum.StrEnum):
@@ -120,8 +121,8 @@ def conditional(
     """Run `compute` or `reuse` as decided for `site`; where rows differ, each for its rows.
 
     Arms return tuples of equal length. Rows that differ are gathered out of the operands and put
-    back into the results as `carried` says; without it both arms run for all rows, and results
-    are selected along dimension 0.
+    back into the results as `carried` says. Where that is not known of operands, both arms run for
+    all rows, and results are selected; along dimension 0 where it is not known of them either.
     """
     return frame.select(site, compute, reuse, operands, carried)
 

@@ -57,7 +57,8 @@ def _body(gm: fx.GraphModule, lines: list[str], indent: str, names: Names) -> No
                 lines.append(f"{indent}return {values}")
         elif node.target is ops.conditional:
             _, site, compute, reuse, operands, carried = node.args
-            how = ", row by row" if carried is not None else ""
+            gathered = carried is not None and carried[0] is not None
+            how = ", row by row" if gathered else ""
             lines.append(f"{indent}{_results(node)} = if not reused {site!r}{how}:")
             _arm(gm, compute, operands, lines, indent, names)
             lines.append(f"{indent}else:")

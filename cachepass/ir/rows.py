@@ -83,15 +83,17 @@ def kept_along(layout: Layout, value: Tensor) -> int | None:
 
 
 def carried(layout: Layout, operands: Sequence[fx.Node], results: Sequence[fx.Node]) -> Carried:
-    """How rows go into a conditional and come out of it; None if that cannot be told."""
+    """How rows go into a conditional and come out of it, as far as that can be told."""
     if not layout.row_symbols:
         return None
     try:
-        given = tuple(_way(layout, node) for node in operands)
         returned = tuple(row_dim(layout, node.meta.get("example_value")) for node in results)
     except UnknownRowsError:
         return None
-    return given, returned
+    try:
+        return tuple(_way(layout, node) for node in operands), returned
+    except UnknownRowsError:
+        return None, returned
 
 
 def _way(layout: Layout, node: fx.Node) -> int | str | None:

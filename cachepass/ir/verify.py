@@ -53,9 +53,10 @@ def _check_arms(gm: fx.GraphModule, node: fx.Node) -> None:
     """Both arms take the operands and return equally many values of equal dtype and shape."""
     arguments: Any = node.args  # (frame, site, compute, reuse, operands, carried)
     _, site, compute, reuse, operands, carried = arguments
-    if carried is not None and len(carried[0]) != len(operands):
+    given = carried[0] if carried is not None else None
+    if given is not None and len(given) != len(operands):
         raise VerifyError(
-            f"conditional {site!r}: it is said of {len(carried[0])} operands how they carry rows, "
+            f"conditional {site!r}: it is said of {len(given)} operands how they carry rows, "
             f"{len(operands)} are given"
         )
     results = []

@@ -169,7 +169,8 @@ class _Lowering:
         """Make operands contiguous that rows may be gathered out of: what is gathered is."""
         operands: Any = node.args[4]
         carried: Any = node.args[5]
-        for operand, way in zip(operands, carried[0] if carried is not None else (), strict=False):
+        ways = (carried and carried[0]) or [None] * len(operands)
+        for operand, way in zip(operands, ways, strict=True):
             if isinstance(way, int) and not values[operand].is_contiguous():
                 values[operand] = self._contiguous(values[operand])
                 copies[operand] = graph.call_method("contiguous", (copies[operand],))

@@ -317,9 +317,9 @@ class Frame:
             return reuse(self, *operands)
         groups = [[i for i, r in enumerate(reusing) if r is takes] for takes in (False, True)]
         apart = all(self._live) and all(self.around.takes(len(group)) for group in groups)
-        if carried is None or not apart:
-            return self._both(reusing, compute, reuse, operands, carried)
-        given, returned = carried
+        given, returned = carried or (None, None)
+        if given is None or returned is None or not apart:
+            return self._both(reusing, compute, reuse, operands, returned)
         made = []
         for arm, group in zip((compute, reuse), groups, strict=True):
             chosen = torch.tensor(group, device=self.around.device)
@@ -337,7 +337,7 @@ class Frame:
 
     def _both(
         self, reusing: Sequence[bool], compute: Arm, reuse: Arm, operands: tuple[Any, ...],
-        carried: Carried,
+        returned: tuple[int | None, ...] | None,
     ) -> Any:  # fmt: skip
         """Both arms for all rows, where these cannot be told apart in all operands."""
         self._root.apart = False
@@ -349,7 +349,7 @@ class Frame:
             arm(self._where(live), *operands)
             for arm, live in zip((compute, reuse), sides, strict=True)
         )
-        dims = carried[1] if carried is not None else (0,) * len(computed)
+        dims = returned or (0,) * len(computed)
         return tuple(
             new if dim is None else torch.where(batch.mask(reusing, new, dim), old, new)
             for new, old, dim in zip(computed, kept, dims, strict=True)

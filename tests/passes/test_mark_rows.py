@@ -270,6 +270,18 @@ class Indexed(nn.Module):
         return h
 
 
+class IndexedAside(Indexed):
+    """Its rows do not lie in front, and what is selected between is theirs all the same."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens, rows = x.shape[1], x.shape[0]
+        index = torch.arange(tokens)[:, None] * rows + torch.arange(rows)
+        h = (x + t[:, None, None]).transpose(0, 1).contiguous()
+        for block in self.blocks:
+            h = block(h, index.flatten())
+        return h.transpose(0, 1)
+
+
 class Shuffling(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -280,10 +292,11 @@ class Shuffling(nn.Module):
         return h + torch.tanh(self.linear(shuffled))
 
 
-def test_numbers_of_all_rows_are_not_gathered() -> None:
+@pytest.mark.parametrize("kind", [Indexed, IndexedAside])
+def test_numbers_of_all_rows_are_not_gathered(kind: type[nn.Module]) -> None:
     """They would point to places that some of the rows do not have: all rows are computed."""
     torch.manual_seed(0)
-    model = Indexed()
+    model = kind()
     cached = _compiled(model, cachepass.Schedule(reuse={1: "stack"}))
     x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
     a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))

@@ -46,9 +46,7 @@ class FoldSizes:
             return PassResult(gm, modified=False)
         modified = False
         for node in list(gm.graph.nodes):
-            if not node.op.startswith("call"):
-                continue
-            if node in known:
+            if not node.op.startswith("call") or node in known:
                 continue
             if unknown and all(used in known for used in node.all_input_nodes):
                 value = _computed(node, known)

@@ -35,6 +35,8 @@ _REPEATS = frozenset({
 })  # fmt: skip
 """What gives each row the same, if it is given no rows."""
 
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
 Symbols = frozenset[Any]
 
 
@@ -86,13 +88,12 @@ def mark_counting(graph: fx.Graph, symbols: Symbols) -> None:
     """
     for node in graph.nodes:
         value = node.meta.get("example_value")
-        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
             continue
-        numbers = [n.meta.get("example_value") for n in node.all_input_nodes]
+        inputs = node.all_input_nodes
+        numbers = [n.meta.get("example_value") for n in inputs]
         starts = called(node) == "arange" and any(symbols_in(n) & symbols for n in numbers)
-        if value.dtype != torch.bool and (
-            starts or any(n.meta.get(COUNTS_ROWS) for n in node.all_input_nodes)
-        ):
+        if starts or any(n.meta.get(COUNTS_ROWS) for n in inputs):
             node.meta[COUNTS_ROWS] = True
 
 

@@ -133,8 +133,7 @@ def _compile(
         with mode:
             results = wrapped(*given)
     # It is compiled for one value of each number, whatever symbol stands for it meanwhile.
-    sizes = [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
-    known = hints(mode, but=frozenset().union(*map(symbols_in, sizes)))
+    known = hints(mode, but=frozenset().union(*map(symbols_in, _sizes_of(inputs))))
     strides = tuple(strides_of(result, known) for result in results)
     guards = [guard.expr.xreplace(known) for guard in environment.guards[guards_before:]]
     facts = context.fw_metadata
@@ -157,10 +156,14 @@ def _leaves_rows_open(inputs: Sequence[Any]) -> bool:
 
     Inductor's code can do nothing with a multiple of what it does not know.
     """
-    sizes = [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
-    used = [n.node.expr for n in sizes if isinstance(n, torch.SymInt)]
+    used = [n.node.expr for n in _sizes_of(inputs) if isinstance(n, torch.SymInt)]
     known = {expression for expression in used if expression.is_Symbol}
     return any(expression.free_symbols - known for expression in used)
+
+
+def _sizes_of(inputs: Sequence[Any]) -> list[Any]:
+    """All sizes of tensors among a region's inputs, and its numbers."""
+    return [n for i in inputs for n in (i.shape if isinstance(i, Tensor) else (i,))]
 
 
 def _as_symbol(place: int, value: Any, environment: ShapeEnv) -> Any:

@@ -115,6 +115,24 @@ def _compiled(model: nn.Module, policy: cachepass.NamedPolicy) -> Any:
     return cachepass.compile(model.eval(), policy=policy, inner="eager")
 
 
+def test_rows_along_another_dimension() -> None:
+    torch.manual_seed(0)
+    model = Transposed()
+    cached = _compiled(model, cachepass.Schedule(reuse={1: "stack"}))
+    a, b = (cachepass.session(cached, num_inference_steps=4) for _ in range(2))
+    x, t = torch.randn(2, 5, 6), torch.tensor([1.0, 0.5])
+    with a.at(step=0):
+        cached(x[:1], t[:1])
+    kept = [k.value for k in a.slots.values()]
+    assert {tuple(v.shape) for v in kept} == {(5, 1, 6)}
+    with cachepass.rows(cached, [a.row(step=1, branch="cond"), b.row(step=2, branch="cond")]):
+        out = as_tensor(cached(x, t))
+    with torch.no_grad():
+        assert distance(out, model(x, t)) < 1e-6  # the residual is that of the same input
+    slots = cached.denoiser.programs[-1].inputs.layout.slots.values()
+    assert {slot.rows for slot in slots} == {1}
+
+
 @pytest.mark.parametrize(
     "policy",
     [
@@ -126,8 +144,8 @@ def _compiled(model: nn.Module, policy: cachepass.NamedPolicy) -> Any:
     ],
     ids=lambda p: p.name,
 )
-def test_rows_along_another_dimension(policy: cachepass.NamedPolicy) -> None:
-    """Gathered, measured and weighed there: each row as alone."""
+def test_rows_elsewhere_are_measured_and_weighed(policy: cachepass.NamedPolicy) -> None:
+    """Each does what it does alone."""
     torch.manual_seed(0)
     cached = _compiled(Transposed(), policy)
     together, alone = (

@@ -28,8 +28,6 @@ POLICIES: list[cachepass.NamedPolicy] = [
     cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1)), motion=False),
     cachepass.TaylorSeer(interval=2, warmup_steps=1),
 ]
-
-
 QUICK = [POLICIES[0], *(pytest.param(p, marks=pytest.mark.full) for p in POLICIES[1:])]
 
 

@@ -158,7 +158,7 @@ def measure_nucleus(rounds: int, progress: Progress) -> Result:
 
 def measure_gpu(rounds: int, progress: Progress) -> Result:
     """One grouped linear layer in bfloat16, of the sizes of HiDream and of many small experts."""
-    from cachepass.moe.triton_kernel import triton_grouped_linear
+    from cachepass.moe.triton_kernel import TILE_COLUMNS, triton_grouped_linear
 
     figures: list[Figure] = []
     samples: dict[str, Any] = {}
@@ -184,6 +184,10 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
                 "grouped_mm": functools.partial(F.grouped_mm, gathered, stacked, offs=offsets),
                 "kernel": functools.partial(triton_grouped_linear, x, rows, offsets, weights, []),
             }
+            for across in TILE_COLUMNS:
+                subjects[f"tiles of {across}"] = functools.partial(
+                    triton_grouped_linear, x, rows, offsets, weights, [], across
+                )
             timed = {name: functools.partial(_waited, call) for name, call in subjects.items()}
             what = f"{experts} experts, {width} to {columns}, {load}"
             progress(what)
@@ -203,6 +207,14 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
                     estimate=ratio(seconds["grouped_mm"], seconds["kernel"]),
                     unit="x",
                     at_least=1.0,
+                ),
+                *(
+                    Figure(
+                        name=f"{what}: the same in tiles of {across} columns / kernel",
+                        estimate=ratio(seconds[f"tiles of {across}"], seconds["kernel"]),
+                        unit="x",
+                    )
+                    for across in TILE_COLUMNS
                 ),
             ]
     device = torch.cuda.get_device_name()

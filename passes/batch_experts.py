@@ -260,7 +260,7 @@ def _is_zero_elsewhere(shares: Sequence[fx.Node], picks: dict[Any, fx.Node], see
                 known[node] = drawn(node)
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                known[node] = call_target(node.target, args, kwargs)
+                known[node] = call_target(node.target, *_on_cpu((args, kwargs)))
         return known[node]
 
     try:
@@ -268,6 +268,14 @@ def _is_zero_elsewhere(shares: Sequence[fx.Node], picks: dict[Any, fx.Node], see
     except Exception:  # what runs here is the user's: it may need what was not drawn
         return False
     return not bool(table.scatter(-1, chosen, 0).any())
+
+
+def _on_cpu(arguments: Any) -> Any:
+    """Arguments of a call that is tried on drawn values, with no device of the model's."""
+    return fx.node.map_aggregate(
+        arguments,
+        lambda value: torch.device("cpu") if isinstance(value, torch.device) else value,
+    )
 
 
 # --------------------------------------------------------------------------- rewriting

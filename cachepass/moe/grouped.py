@@ -86,7 +86,7 @@ def _grouped_linear(
         biases: (out,) for each expert, or none.
     """
     choices = x.shape[0] if rows is None else rows.shape[0]
-    if x.is_cuda and _kernel_takes(x, weights):
+    if x.is_cuda and _kernel_takes(x, weights, biases):
         # Triton is there on a machine with CUDA alone.
         from cachepass.moe.triton_kernel import triton_grouped_linear
 
@@ -122,10 +122,13 @@ grouped_linear = torch.ops.cachepass.grouped_linear.default
 """As a graph calls it."""
 
 
-def _kernel_takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def _kernel_takes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
+    """Whether all that the kernel reads through bare pointers is what it takes it for."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    alike = all(w.stride() == weights[0].stride() and w.dtype == x.dtype for w in weights)
-    return alike and x.dtype in dtypes and _has_triton()
+    there = all(t.dtype == x.dtype and t.device == x.device for t in (*weights, *biases))
+    alike = all(w.stride() == weights[0].stride() for w in weights)
+    dense = all(b.is_contiguous() for b in biases)
+    return there and alike and dense and x.dtype in dtypes and _has_triton()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ structures are tried once.
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,16 +96,32 @@ def _scores(module: nn.Module, experts: int) -> bool:
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
     """Equal for modules that compute the same function of their weights."""
-    plain = (int, float, str, bool, tuple, type(None))
     return tuple(
         (
             name,
             type(child),
-            tuple(sorted((k, repr(v)) for k, v in vars(child).items() if isinstance(v, plain))),
+            tuple(sorted((k, _constant(v)) for k, v in vars(child).items() if k not in _OF_ALL)),
             tuple((k, p.shape, p.dtype) for k, p in child._parameters.items() if p is not None),
         )
         for name, child in module.named_modules()
     )
+
+
+_OF_ALL = frozenset(vars(nn.Module())) - {"training"}
+"""What torch keeps in every module, whatever it computes."""
+
+
+def _constant(value: Any) -> str:
+    """Equal for attributes that mean the same; what nobody can tell is itself alone."""
+    plain = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)
+    if isinstance(value, plain):
+        return repr(value)
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return f"{type(value).__name__}({', '.join(map(_constant, value))})"
+    if isinstance(value, Mapping):
+        pairs = (f"{_constant(k)}: {_constant(v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    return f"{type(value).__name__} at {id(value)}"
 
 
 # ----------------------------------------------------------------- what a gate may return
@@ -197,6 +214,11 @@ def _random_copy(module: nn.Module) -> nn.Module:
         scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
         drawn = torch.randn(parameter.shape, generator=generator) * scale
         memo[id(parameter)] = nn.Parameter(drawn, requires_grad=False)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():  # positive, as it may be a variance
+            memo[id(buffer)] = torch.rand(buffer.shape, generator=generator)
+        elif buffer.is_meta:
+            memo[id(buffer)] = torch.zeros_like(buffer, device="cpu")
     return copy.deepcopy(module, memo).to(device="cpu", dtype=torch.float32)
 
 
@@ -211,6 +233,10 @@ def find(model: nn.Module) -> tuple[Mapping[str, Match], Mapping[str, str]]:
     refused: dict[str, str] = {}
     for path, module in model.named_modules():
         for gate, experts, program in candidates(module):
+            hooked = [name for name, child in module.named_modules() if is_hooked(child)]
+            if hooked:  # of this layer alone, whatever was proved of others
+                refused[path] = f"hooks on {hooked[0] or 'it'} would not run"
+                continue
             key = (signature(module), gate, experts)
             if key not in proofs:
                 proofs[key] = _prove_or_say(module, gate, experts, program)
@@ -224,14 +250,12 @@ def find(model: nn.Module) -> tuple[Mapping[str, Match], Mapping[str, str]]:
 
 
 def _prove_or_say(module: nn.Module, gate: str, experts: str, program: Program) -> Match | str:
-    hooked = [name for name, child in module.named_modules() if _is_hooked(child)]
-    if hooked:
-        return f"hooks on {hooked[0] or 'it'} would not run"
     try:
         return prove(module, gate, experts, program)
     except ValueError as error:
         return str(error)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward, or something else."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -4,7 +4,8 @@ The user's module stays as it is: no class is patched, no forward replaced. Only
 the way to a layer of routed experts are made anew, as shallow copies; everything else, and every
 dictionary of parameters, buffers and hooks, is the user's own. So `.to()`, a weight that is written
 to or replaced and a module exchanged elsewhere are seen at once. Attributes of copied modules are
-carried over when they change, and where a module among them is exchanged, the tree is built again.
+carried over when they change, and where a module among them is exchanged, or gets a hook, the tree
+is built again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from cachepass.moe.match import find, routed
+from cachepass.moe.match import find, is_hooked, routed
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Shadow:
 
     def refresh(self) -> bool:
         """Bring the shadow up to the model's state; whether that took building it again."""
-        if any(user._modules != seen for user, seen in self._children):
+        exchanged = any(user._modules != seen for user, seen in self._children)
+        if exchanged or any(is_hooked(inner) is not was for inner, was in self._hooks):
             self._build()
             return True
         for user, shadow, seen in self._copies:
@@ -74,7 +76,9 @@ class Shadow:
         self._known |= {*matches, *refused}
         known = [path for path in self._known if path in modules]
         watched = [modules[prefix] for path in known for prefix in _prefixes(path)]
-        watched += [child for path in known for child in modules[path].modules()]
+        inside = [child for path in known for child in modules[path].modules()]
+        watched += inside
+        self._hooks = [(child, is_hooked(child)) for child in dict.fromkeys(inside)]
         self._children: list[tuple[nn.Module, dict[str, Any]]] = [
             (module, dict(module._modules)) for module in dict.fromkeys(watched) if module._modules
         ]

@@ -1,6 +1,6 @@
 """Which tiles a grouped product has: a compressed map from their numbers to experts.
 
-Each expert with rows is a task, cut into tiles of up to 128 rows by `COLUMNS` columns. The map is
+Each expert with rows is a task, cut into tiles of up to 128 rows by some columns. The map is
 computed where the rows are counted, on the device, so that a launch waits for nothing. Static
 batching of irregular work, arXiv 2501.16103; heights are powers of two here, as Triton wants them.
 """
@@ -17,16 +17,14 @@ from cachepass.errors import CachePassError
 MOST_EXPERTS = 1024
 """What a map holds: one program looks at all of it at once."""
 
-COLUMNS = 128
-"""Of a tile. With 256, as in the paper, tiles of 128 rows overflow the registers of sm_90."""
 
-
-def task_map(offsets: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def task_map(offsets: Tensor, columns: int, across: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which tiles there are, without a look at data on the host.
 
     Args:
         offsets: where the rows of each expert end.
         columns: how many columns a result has.
+        across: how many of them a tile has.
 
     Returns:
         prefix: int32, how many tiles the non-empty experts have up to each of them, padded with
@@ -47,7 +45,7 @@ def task_map(offsets: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     height = torch.full_like(sizes, 16)
     for limit in (16, 32, 64):
         height = torch.where(sizes > limit, 2 * limit, height)
-    tiles = (sizes + height - 1) // height * math.ceil(columns / COLUMNS)
+    tiles = (sizes + height - 1) // height * math.ceil(columns / across)
     # The non-empty first, in their order; the empty ones behind add nothing.
     task = (sizes == 0).to(torch.int8).argsort(stable=True).to(torch.int32)
     prefix = tiles[task].cumsum(0).to(torch.int32)

@@ -8,6 +8,7 @@ read where they lie, through a list of pointers: no stacked copy.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -17,8 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cachepass.moe.task_map import COLUMNS, task_map
+from cachepass.moe.task_map import task_map
 
+TILE_COLUMNS = (256, 128)
+"""Of a tile: the first, as in the paper, where it has room.
+
+A tile of 128 rows by 256 columns takes 147,456 bytes of shared memory and 223 of a thread's 255
+registers on sm_90, if weights can be loaded 16 bytes at a time; if they cannot, it spills.
+"""
+
+_SHARED_BYTES = 147_456
 _INTERPRETED_PROGRAMS = 4
 
 
@@ -28,38 +37,54 @@ def triton_grouped_linear(
     offsets: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
+    across: int | None = None,
 ) -> Tensor:
-    """`cachepass::grouped_linear` on a CUDA device, or in Triton's interpreter."""
+    """`cachepass::grouped_linear` on a CUDA device, or in Triton's interpreter.
+
+    Args:
+        x: as there.
+        rows: as there.
+        offsets: as there.
+        weights: as there.
+        biases: as there.
+        across: columns of a tile, one of `TILE_COLUMNS`; chosen if None.
+    """
     columns, inner = weights[0].shape
     choices = x.shape[0] if rows is None else rows.shape[0]
     out = x.new_empty(choices, columns)
-    prefix, task, height = task_map(offsets, columns)
+    aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
+    if across is None:
+        across = TILE_COLUMNS[0 if aligned and _has_room(x, columns) else 1]
+    prefix, task, height = task_map(offsets, columns, across)
     programs = _programs(x.device)
-    _kernel[(programs,)](
-        x,
-        rows if rows is not None else offsets,  # not looked at without rows
-        _pointers(weights, x.device),
-        _pointers(biases, x.device) if biases else offsets,
-        out,
-        prefix,
-        task,
-        height,
-        offsets,
-        columns,
-        inner,
-        x.stride(0),
-        x.stride(1),
-        weights[0].stride(0),
-        weights[0].stride(1),
-        wave=max(1, round(math.sqrt(programs * COLUMNS / 128))),
-        entries=prefix.shape[0],
-        gathers=rows is not None,
-        biased=bool(biases),
-        columns_tile=COLUMNS,
-        inner_tile=128 // x.element_size(),
-        num_warps=8,
-        num_stages=3,
-    )
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        _kernel[(programs,)](
+            x,
+            rows if rows is not None else offsets,  # not looked at without rows
+            _pointers(weights, x.device),
+            _pointers(biases, x.device) if biases else offsets,
+            out,
+            prefix,
+            task,
+            height,
+            offsets,
+            columns,
+            inner,
+            x.stride(0),
+            x.stride(1),
+            weights[0].stride(0),
+            weights[0].stride(1),
+            wave=max(1, round(math.sqrt(programs * across / 128))),
+            entries=prefix.shape[0],
+            gathers=rows is not None,
+            biased=bool(biases),
+            aligned=aligned,
+            columns_tile=across,
+            inner_tile=128 // x.element_size(),
+            num_warps=8,
+            num_stages=3,
+        )
     return out
 
 
@@ -71,6 +96,14 @@ def _pointers(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, dtype=torch.int64, device=device)
+
+
+def _has_room(x: Tensor, columns: int) -> bool:
+    """Whether the wider tile fits, and is mostly filled."""
+    if not x.is_cuda or x.element_size() != 2 or columns < TILE_COLUMNS[0]:
+        return False
+    properties = torch.cuda.get_device_properties(x.device)  # with ROCm it does not tell
+    return bool(getattr(properties, "shared_memory_per_block_optin", 0) >= _SHARED_BYTES)
 
 
 def _programs(device: torch.device) -> int:
@@ -100,6 +133,7 @@ def _kernel(
     entries: tl.constexpr,
     gathers: tl.constexpr,
     biased: tl.constexpr,
+    aligned: tl.constexpr,
     columns_tile: tl.constexpr,
     inner_tile: tl.constexpr,
 ):
@@ -114,6 +148,9 @@ def _kernel(
         end = tl.load(offsets + expert)
         start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
         weight = tl.load(weights + expert).to(tl.pointer_type(x.dtype.element_ty))
+        if aligned:
+            # Of a pointer that was loaded the compiler knows nothing, and loads 2 bytes at a time.
+            weight = tl.multiple_of(weight, 16)
         bias = weight
         if biased:
             bias = tl.load(biases + expert).to(tl.pointer_type(x.dtype.element_ty))

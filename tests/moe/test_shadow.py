@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cachepass
@@ -72,6 +73,87 @@ def test_experts_with_hooks_are_left_alone() -> None:
     model = Holder(ScoreLoop()).eval()
     model.blocks[0].mlps[2].register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index]
     assert Shadow(model).refused == {"blocks.0": "hooks on mlps.2 would not run"}
+
+
+def test_a_hook_on_one_layer_of_several() -> None:
+    """Layers that are alike are tried once; a hook is of one of them."""
+    layers = [ScoreLoop(), ScoreLoop()]
+    model = nn.Sequential(*layers).eval()
+    layers[1].mlps[2].register_forward_hook(lambda _, __, out: 2 * out)
+    shadow = Shadow(model)
+    assert shadow.batched == ["0"]
+    assert shadow.refused == {"1": "hooks on mlps.2 would not run"}
+    assert _same(model, shadow)
+
+
+def test_a_hook_that_comes_and_goes() -> None:
+    model = Holder(ScoreLoop()).eval()
+    shadow = Shadow(model)
+    layer: Any = model.blocks[0]
+    handle = layer.mlps[2].w1.register_forward_hook(lambda _, __, out: 2 * out)
+    assert shadow.refresh()
+    assert not shadow.batched
+    assert _same(model, shadow)
+    handle.remove()
+    assert shadow.refresh()
+    assert shadow.batched == ["blocks.0"]
+    assert not shadow.refresh()
+
+
+class Activated(nn.Module):
+    """An expert whose activation is an attribute."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(16, 32), nn.Linear(32, 16), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.act(self.up(x)))
+        return out
+
+
+def test_what_an_expert_calls_is_part_of_its_structure() -> None:
+    layers = [ScoreLoop(build=lambda *_, act=act: Activated(act)) for act in (F.silu, F.relu)]
+    model = nn.Sequential(*layers).eval()
+    shadow = Shadow(model)
+    assert shadow.batched == ["0", "1"]
+    assert _same(model, shadow)
+    layers[0].mlps[1] = Activated(F.relu)
+    assert Shadow(model).batched == ["1"], "experts of one layer differ"
+
+
+class Corrected(ScoreLoop):
+    """Has a bias for choosing, zero until it is trained, and counts how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.router(x).softmax(-1)
+        index = torch.topk(scores + self.bias, self.k)[1]
+        return scores.gather(-1, index), index
+
+
+class Counting(ScoreLoop):
+    """Has buffers that say nothing of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+
+def test_a_buffer_of_zeros_proves_nothing() -> None:
+    assert not Shadow(Holder(Corrected()).eval()).batched
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_buffers_are_no_obstacle(device: str) -> None:
+    with torch.device(device):
+        model = Holder(Counting()).eval()
+    assert Shadow(model).batched == ["blocks.0"]
 
 
 def test_a_forward_replaced_on_the_way_is_left_alone() -> None:

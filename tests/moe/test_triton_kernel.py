@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cachepass.moe.grouped import route
-from cachepass.moe.triton_kernel import triton_grouped_linear
+from cachepass.moe.triton_kernel import TILE_COLUMNS, triton_grouped_linear
 
 torch.manual_seed(0)
 EXPERTS, INNER, COLUMNS = 6, 40, 136  # neither is a multiple of a tile
@@ -45,6 +45,11 @@ for name, sizes in LOADS.items():
             start = end
         again = triton_grouped_linear(x[rows], None, offsets, weights, biases)
         assert torch.equal(again, got), name
+        apart = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
+        for across in TILE_COLUMNS:  # weights that start where 16 bytes do not
+            for given in (weights, apart):
+                again = triton_grouped_linear(x, rows, offsets, given, biases, across)
+                assert torch.equal(again, got), (name, across)
 print("equal")
 """
 

@@ -200,6 +200,14 @@ def test_leaves_alone_what_is_not_the_same(layer: nn.Module) -> None:
         assert torch.equal(gm(*args)[0], wanted)
 
 
+def test_the_trial_runs_where_drawn_values_are() -> None:
+    """A table that is made on the model's device, wherever that is."""
+    gm, *_ = _captured(Table())
+    (made,) = [n for n in gm.graph.nodes if n.target is torch.zeros]
+    made.kwargs = {**made.kwargs, "device": torch.device("cuda", 1)}
+    assert run_passes(gm, [BatchExperts()]).modified
+
+
 def test_a_model_without_experts() -> None:
     gm = capture().gm
     text = format_graph(gm)

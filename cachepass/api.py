@@ -66,8 +66,8 @@ def compile(
             the model, good for debugging.
         max_cache_bytes: what one request may keep. Sites that do not fit are left out, the largest
             first, and the report says so; `plan` tells what each needs. With "regions".
-        cache_dtype: keep wider floating values in float16, bfloat16 or an 8-bit type, with a scale
-            for each row. With "regions".
+        cache_dtype: keep wider floating values in bfloat16, or in float16 or an 8-bit type, both
+            with a scale for each row. With "regions".
         cache_on_host: keep values in the host's memory; a GPU fetches them as it computes. With
             "regions".
         group: the processes that work on one request, each with its tokens or its branch of

@@ -23,7 +23,7 @@ from cachepass import capture
 from cachepass.adapters import hooks
 from cachepass.arguments import Value, key_of, values_of
 from cachepass.backend import Inner, backend_of
-from cachepass.errors import CachePassError, CaptureError
+from cachepass.errors import CachePassError, CaptureError, SessionError
 from cachepass.lowering.compiler import RegionCompiler
 from cachepass.lowering.graph import GraphCompiler
 from cachepass.moe.shadow import Shadow
@@ -160,6 +160,10 @@ class CachedModule(OptimizedModule):
         # region can be compiled for.
         floats = torch._dynamo.config.patch(specialize_float=True) if self.dynamic else _NOTHING
         latent, sizes = latent_among(args, kwargs), _NOTHING
+        if latent is not None and latent.shape[0] == 0:
+            raise SessionError(
+                "the call has no rows: its latent is empty along the first dimension"
+            )
         if latent is not None and latent.shape[0] > 1 and self.lowering == "regions":
             args, kwargs = _with_rows_open(args, kwargs, latent.shape[0], self._marked)
             # Equal sizes get symbols of their own: what has to be equal shows in the graph.

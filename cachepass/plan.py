@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config
 
 from cachepass import capture
 from cachepass.lowering.shapes import plan_of
 from cachepass.moe.shadow import Shadow
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
+from cachepass.runtime.batch import in_front
+from cachepass.runtime.guidance import latent_among
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.storage import Storage
@@ -47,6 +50,11 @@ def plan(
         CaptureError: the call cannot be captured.
     """
     chosen = for_model(resolve(policy, options), model)
-    gm, args = capture.capture_call(Shadow(model).module, example_inputs, {})
+    latent = latent_among((), example_inputs)
+    rows = latent.shape[0] if latent is not None else 1
+    # As `compile` captures it: the number of rows is open, where there are several.
+    several = {n: {0: None} for n, v in example_inputs.items() if rows > 1 and in_front(v, rows)}
+    with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # added late
+        gm, args = capture.capture_call(Shadow(model).module, example_inputs, several)
     gm = run_passes(gm, default_pipeline(chosen.sites, chosen.signals())).graph_module
     return plan_of(gm, args, Storage(dtype=cache_dtype), chosen.name)

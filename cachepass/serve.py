@@ -21,29 +21,37 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import inspect
 import threading
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from cachepass import api
 from cachepass.compiled import CachedModule
 from cachepass.errors import CachePassError
 from cachepass.plan import plan
-from cachepass.runtime.batch import in_front
 from cachepass.runtime.guidance import latent_among
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.session import Session
+from cachepass.runtime.shared_call import (
+    Kind,
+    Output,
+    joined,
+    kind_of,
+    shapes_of,
+    taken_apart,
+    why_apart,
+)
 
 Branches = Mapping[str, Mapping[str, Any]]
 """Branch -> keyword arguments of the model; tensors have the request's samples in front."""
 
-Request = Generator[Branches, dict[str, Tensor], Any]
+Request = Generator[Branches, dict[str, Output], Any]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -51,15 +59,20 @@ class _Work:
     """A request on its way."""
 
     request: Request
-    future: Future[Any]
-    steps: int
+    session: Session
+    future: Future[Any] = dataclasses.field(default_factory=Future)
     given: Branches = dataclasses.field(default_factory=dict)
     """Of the step that comes next; empty until the request has started."""
 
     step: int = 0
     samples: int = 0
-    session: Session | None = None
-    """Once it is admitted."""
+    """Of the next step."""
+
+    needs: int = 0
+    """What its caches may hold after the next step, in bytes; 0 without a budget."""
+
+    reserved: int = 0
+    """What they may hold by now."""
 
 
 class Batcher:
@@ -71,9 +84,13 @@ class Batcher:
     called again alone; with empty caches if the call had begun (to keep what they held until a call
     has ended would take twice their memory).
 
+    A request may change on its way: guidance that starts late, more samples. Where that takes more
+    than there is, it waits for the others to end. If all wait for each other, those that came last
+    give up their caches and compute once more.
+
     Args:
         model: what `cachepass.compile` returned, with ``lowering="regions"``.
-        max_rows: samples of all requests that run at a time.
+        max_rows: samples of all requests in a step.
         max_cache_bytes: what their caches may hold by `cachepass.plan`; None for no limit.
     """
 
@@ -82,15 +99,22 @@ class Batcher:
     ) -> None:
         if max_rows < 1:
             raise CachePassError(f"`max_rows`={max_rows}: must be at least 1")
+        if not isinstance(model, CachedModule) or model.lowering != "regions":
+            raise CachePassError(
+                f"`model` is a {type(model).__name__}: it must be what cachepass.compile returned "
+                "with lowering='regions', which takes rows of several requests"
+            )
         self._model, self._max_rows, self._max_bytes = model, max_rows, max_cache_bytes
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: list[_Work] = []
         self._plans: dict[object, Plan] = {}
-        """By the kind of a request's calls."""
+        """By names, shapes and types of a call's arguments."""
 
         self._held = 0
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = ""
+        """Why nothing is taken any more."""
+
         self._thread = threading.Thread(target=self._loop, name="cachepass-batcher", daemon=True)
         self._thread.start()
 
@@ -101,10 +125,16 @@ class Batcher:
                 f"`request` is a {type(request).__name__}: it must be a generator, which yields "
                 "the inputs of each step's calls"
             )
-        work = _Work(request, Future(), num_inference_steps)
+        work = _Work(request, api.session(self._model, num_inference_steps=num_inference_steps))
         with self._changed:
             if self._closed:
-                raise CachePassError("the batcher is closed: submit before it is left")
+                raise CachePassError(self._closed)
+            submitted = any(other.request is request for other in self._waiting)
+            if submitted or inspect.getgeneratorstate(request) != inspect.GEN_CREATED:
+                raise CachePassError(
+                    "`request` has been started or submitted before: a generator runs once, make "
+                    "one for each request"
+                )
             self._waiting.append(work)
             self._changed.notify()
         return work.future
@@ -117,7 +147,7 @@ class Batcher:
     def close(self) -> None:
         """Finish what was submitted, then stop."""
         with self._changed:
-            self._closed = True
+            self._closed = self._closed or "the batcher is closed: submit before it is left"
             self._changed.notify()
         self._thread.join()
 
@@ -136,17 +166,20 @@ class Batcher:
 
     def _loop(self) -> None:
         try:
-            while self._wait():
-                for work in [w for w in self._running if w.future.cancelled()]:
-                    self._leave(work)
-                self._admit()
-                self._step()
-                self._held = sum(w.session.cache_bytes for w in self._running if w.session)
+            with _device_of(self._model):  # each thread has a current one of its own
+                while self._wait():
+                    for work in [w for w in self._running if w.future.cancelled()]:
+                        self._leave(work)
+                    self._admit()
+                    self._step()
+                    self._held = sum(work.session.cache_bytes for work in self._running)
         except BaseException as error:  # none of a request's: nobody is left waiting
             with self._changed:
-                self._closed = True
+                self._closed = f"the batcher failed: {error!r}"
             for work in (*self._running, *self._waiting):
-                _fail(work, CachePassError(f"the batcher failed: {error!r}"))
+                _fail(work, CachePassError(self._closed))
+                self._leave(work)
+            self._held = 0
             raise
 
     def _wait(self) -> bool:
@@ -165,159 +198,181 @@ class Batcher:
             if work.future.done():
                 self._waiting.popleft()
                 self._leave(work)
-                continue
-            if not self._fits(work):
-                return
-            self._waiting.popleft()
-            if work.future.done():
-                self._leave(work)
-            else:
-                work.session = api.session(self._model, num_inference_steps=work.steps)
+            elif self._has_room(work, self._running):
+                self._waiting.popleft()
                 self._running.append(work)
+                work.reserved = work.needs
+            else:
+                return
 
-    def _fits(self, work: _Work) -> bool:
-        """Whether a request may join; one that never will is failed."""
-        rows = sum(other.samples for other in self._running)
-        if work.samples > self._max_rows:
-            why = f"the request has {work.samples} samples, and `max_rows`={self._max_rows}"
-            _fail(work, CachePassError(why))
+    def _has_room(self, work: _Work, others: Sequence[_Work]) -> bool:
+        """Whether a request may make its next step beside others."""
+        if sum(other.samples for other in others) + work.samples > self._max_rows:
+            return False
+        if self._max_bytes is None or work.needs <= work.reserved:
             return True
-        if self._max_bytes is None:
-            return rows + work.samples <= self._max_rows
-        try:
-            own, others = self._plan(work), sum(map(self._plan, self._running))
-        except Exception as error:
-            _fail(work, error)
-            return True
-        if own > self._max_bytes:
-            why = f"its caches may hold {own:,} bytes, and `max_cache_bytes`={self._max_bytes:,}"
-            _fail(work, CachePassError(f"the request cannot run: {why}"))
-            return True
-        return rows + work.samples <= self._max_rows and own + others <= self._max_bytes
+        # Older ones that wait for room come first.
+        place = self._running.index(work) if work in self._running else len(self._running)
+        taken = sum(max(older.needs, older.reserved) for older in self._running[:place])
+        taken += sum(newer.reserved for newer in self._running[place + 1 :])
+        return taken + work.needs <= self._max_bytes
 
     def _plan(self, work: _Work) -> int:
-        given = next(iter(work.given.values()))
-        kind, denoiser = _kind(given), self._model.denoiser
-        if kind not in self._plans:
-            self._plans[kind] = plan(
+        """What the caches of a request may hold after its next step."""
+        given, denoiser = next(iter(work.given.values())), self._model.denoiser
+        shapes = shapes_of(given)
+        if shapes not in self._plans:
+            self._plans[shapes] = plan(
                 self._model._orig_mod,
                 given,
                 policy=denoiser.policy,
                 cache_dtype=denoiser.storage.dtype,
             )
-        return self._plans[kind].bytes(rows=work.samples, branches=len(work.given))
+        held = self._plans[shapes].bytes(rows=work.samples, branches=len(work.given))
+        limit = denoiser.storage.max_bytes  # sites are left out until they are within it
+        return held if limit is None else min(held, limit)
+
+    def _check(self, work: _Work) -> None:
+        """Find out what a request's next step needs.
+
+        Raises:
+            CachePassError: more than there can be.
+        """
+        work.samples = _samples(work.given)
+        if work.samples > self._max_rows:
+            raise CachePassError(
+                f"the request has {work.samples} samples, and `max_rows`={self._max_rows}"
+            )
+        if self._max_bytes is None:
+            return
+        # Slots of a branch that is called no more stay until the request ends.
+        work.needs = max(self._plan(work), work.reserved)
+        if work.needs > self._max_bytes:
+            raise CachePassError(
+                f"the request cannot run: its caches may hold {work.needs:,} bytes, and "
+                f"`max_cache_bytes`={self._max_bytes:,}"
+            )
+
+    def _stepping(self) -> list[_Work]:
+        """Those that make a step now, the oldest first."""
+        found: list[_Work] = []
+        for work in self._running:
+            if self._has_room(work, found):
+                work.reserved = work.needs
+                found.append(work)
+        if found or not self._running:
+            return found
+        newest = next(work for work in reversed(self._running) if work.reserved)
+        newest.session.drop()
+        newest.session.note("caches dropped: an older request of the batcher needed their room")
+        newest.reserved = 0
+        return self._stepping()
 
     def _step(self) -> None:
-        """One step of every request that runs: a call for each branch."""
-        outputs: dict[_Work, dict[str, Tensor]] = {work: {} for work in self._running}
-        turns = max((len(work.given) for work in self._running), default=0)
-        for turn in range(turns):
-            groups: dict[object, list[_Work]] = collections.defaultdict(list)
-            for work in self._running:
+        """One step of the requests that run: a call for each branch."""
+        stepping = self._stepping()
+        outputs: dict[_Work, dict[str, Output]] = {work: {} for work in stepping}
+        for turn in range(max((len(work.given) for work in stepping), default=0)):
+            groups: dict[str, dict[Kind, list[_Work]]] = collections.defaultdict(dict)
+            for work in stepping:
                 if turn < len(work.given) and not work.future.done():
                     branch = list(work.given)[turn]
-                    groups[branch, _kind(work.given[branch])].append(work)
-            for (branch, _), group in groups.items():  # type: ignore[misc]
-                self._call(branch, group, outputs)
-        for work in list(self._running):
+                    groups[branch].setdefault(kind_of(work.given[branch]), []).append(work)
+            for branch, kinds in groups.items():
+                for work in stepping if len(kinds) > 1 else ():
+                    work.session.note(why_apart(kinds))
+                for group in kinds.values():
+                    self._call(branch, group, outputs)
+        for work in stepping:
             if not work.future.done():
                 self._go_on(work, outputs[work])
             if work.future.done():
                 self._leave(work)
 
     def _call(
-        self, branch: str, group: Sequence[_Work], outputs: dict[_Work, dict[str, Tensor]]
+        self, branch: str, group: Sequence[_Work], outputs: dict[_Work, dict[str, Output]]
     ) -> None:
-        try:
-            made = self._together(branch, group)
-        except Exception as error:
-            if len(group) > 1:
-                for work in group:
-                    self._call(branch, [work], outputs)
-            else:
-                _fail(group[0], error)
-            return
-        for work, output in zip(group, made, strict=True):
-            outputs[work][branch] = output
+        made = self._together(branch, group)
+        if not isinstance(made, Exception):
+            for work, output in zip(group, made, strict=True):
+                outputs[work][branch] = output
+        elif len(group) == 1:
+            _fail(group[0], made)
+        else:
+            for work in group:
+                self._call(branch, [work], outputs)
 
-    def _together(self, branch: str, group: Sequence[_Work]) -> Sequence[Tensor]:
-        """The outputs of a call for several requests."""
+    def _together(self, branch: str, group: Sequence[_Work]) -> Sequence[Output] | Exception:
+        """The outputs of a call for several requests, or why it failed."""
         rows = [
             work.session.row(branch=branch, sample=i, step=work.step)
             for work in group
             for i in range(work.samples)
-            if work.session is not None
         ]
         given = [work.given[branch] for work in group]
-        with api.rows(self._model, rows):
-            made = self._model(**{name: _joined(name, group, given) for name in given[0]})
-        output: Tensor = made[0] if isinstance(made, tuple) else getattr(made, "sample", made)
-        parts: Sequence[Tensor] = output.split([work.samples for work in group])
-        return parts
+        try:
+            with api.rows(self._model, rows):
+                made = self._model(**{name: joined(name, given) for name in given[0]})
+            return taken_apart(made, [work.samples for work in group])
+        except Exception as error:
+            # Its frames hold the activations of a call that may have run out of memory.
+            _forget_frames(error)
+            return error
 
-    def _go_on(self, work: _Work, outputs: dict[str, Tensor] | None) -> None:
+    def _go_on(self, work: _Work, outputs: dict[str, Output] | None) -> None:
         """Let a request make its next step; it may have ended."""
         try:
             with torch.no_grad():
                 work.given = next(work.request) if outputs is None else work.request.send(outputs)
             work.step += outputs is not None
-            work.samples = _samples(work.given)
+            self._check(work)
         except StopIteration as end:
             with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
                 work.future.set_result(end.value)
-        except Exception as error:
+        except BaseException as error:  # the user's own, SystemExit as well: it ends the request
             _fail(work, error)
 
     def _leave(self, work: _Work) -> None:
         """Forget a request, and all that was cached for it."""
         try:
             work.request.close()
-        except Exception as error:  # of its own `finally`
+        except BaseException as error:  # of its own `finally`
             _fail(work, error)
         if work in self._running:
             self._running.remove(work)
-        if work.session is not None:
-            work.session.drop()
+        work.session.drop()
         if work.future.cancelled():
             work.future.set_running_or_notify_cancel()  # tells those who wait for it
+
+
+def _device_of(model: CachedModule) -> contextlib.AbstractContextManager[Any]:
+    parameter = next(model.parameters(), None)
+    if parameter is None or not parameter.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.device(parameter.device)
 
 
 def _samples(given: Any) -> int:
     """Of a request, by what it yielded."""
     calls = list(given.values()) if isinstance(given, Mapping) else []
     latents = [latent_among((), call) if isinstance(call, Mapping) else None for call in calls]
-    counts = {latent.shape[0] if latent is not None else 0 for latent in latents}
-    if len(counts) != 1 or counts == {0}:
+    counts = {latent.shape[0] if latent is not None else None for latent in latents}
+    if len(counts) != 1 or None in counts:
         raise CachePassError(
             "a request must yield {branch: keyword arguments}, each with a latent of as many "
             "samples"
         )
-    return int(counts.pop())
+    if counts == {0}:
+        raise CachePassError("a request yielded a latent without samples: it needs at least one")
+    return int(counts.pop())  # type: ignore[arg-type]
 
 
-def _fail(work: _Work, error: Exception) -> None:
+def _fail(work: _Work, error: BaseException) -> None:
     with contextlib.suppress(InvalidStateError):  # cancelled in the meantime
         work.future.set_exception(error)
 
 
-def _kind(given: Mapping[str, Any]) -> object:
-    """Equal for calls that can be one batch."""
-    latent = latent_among((), given)
-    rows = latent.shape[0] if latent is not None else 1
-    found: list[object] = []
-    for name, value in sorted(given.items()):
-        if in_front(value, rows):
-            found.append((name, value.shape[1:], value.dtype))
-        else:  # shared by all rows: tensors, also inside of something, have to be the very same
-            leaves, tree = tree_flatten(value)
-            same = (id(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-            found.append((name, str(tree), *same))
-    return tuple(found)
-
-
-def _joined(name: str, group: Sequence[_Work], given: Sequence[Mapping[str, Any]]) -> Any:
-    """One argument of a call, from those of its requests."""
-    first = given[0][name]
-    if len(given) == 1 or not in_front(first, group[0].samples):
-        return first
-    return torch.cat([g[name] for g in given])
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

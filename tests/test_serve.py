@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait as wait_for
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cachepass
+from cachepass import serve
 from cachepass.serve import Batcher, Request
 from tests.models import WAN, as_tensor, distance
 from tests.requests import BOTH
@@ -26,7 +29,8 @@ def request(
     steps: int = STEPS,
     samples: int = 1,
     words: int = 5,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], object] = lambda step: None,
+    guided_from: int = 0,
 ) -> Request:
     """A video of the tiny Wan by Euler steps, as a user would write it."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,8 +43,10 @@ def request(
             "timestep": torch.full((samples,), 1000.0 * (1 - step / steps)),
             "return_dict": False,
         }
-        v = yield {b: given | {"encoder_hidden_states": text} for b, text in texts.items()}
-        latent = latent - (v["uncond"] + 3.0 * (v["cond"] - v["uncond"])) / steps
+        branches = BOTH if step >= guided_from else ("cond",)
+        v = yield {b: given | {"encoder_hidden_states": texts[b]} for b in branches}
+        uncond = v.get("uncond", v["cond"])
+        latent = latent - (uncond + 3.0 * (v["cond"] - uncond)) / steps
     return latent
 
 
@@ -165,6 +171,61 @@ def test_a_call_that_fails_is_made_alone(
     assert distance(good.result(60), alone(model, request(1))) < 1e-5
 
 
+def test_a_call_that_failed_holds_nothing(
+    model: Any, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its activations are gone when requests are called again, and from their futures."""
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        alive.append([ref() for ref in made if ref() is not None])
+        activation = torch.ones(3)
+        made.append(weakref.ref(activation))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "forward", forward)
+    come = threading.Event()
+    works = [request(i, on_step=lambda _: come.wait(60)) for i in range(2)]
+    futures = [batcher.submit(work, num_inference_steps=STEPS) for work in works]
+    come.set()
+    for future in futures:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            future.result(60)
+    assert alive == [[]] * 3
+    assert not any(ref() is not None for ref in made)
+
+
+def test_a_request_that_ends_the_thread_ends_itself(model: Any, batcher: Batcher) -> None:
+    def leave(step: int) -> None:
+        raise SystemExit("the user's own")
+
+    bad = batcher.submit(request(0, on_step=leave), num_inference_steps=STEPS)
+    good = batcher.submit(request(1), num_inference_steps=STEPS)
+    with pytest.raises(SystemExit, match="the user's own"):
+        bad.result(60)
+    assert distance(good.result(60), alone(model, request(1))) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batcher_that_fails_leaves_nobody_waiting(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batcher, "_step", lambda _: 1 / 0)
+    batcher = Batcher(model)
+    come = threading.Event()
+    first = batcher.submit(request(0, on_step=lambda _: come.wait(60)), num_inference_steps=STEPS)
+    cancelled = batcher.submit(request(1), num_inference_steps=STEPS)
+    assert cancelled.cancel()
+    come.set()
+    with pytest.raises(cachepass.CachePassError, match=r"the batcher failed: ZeroDivisionError"):
+        first.result(60)
+    assert wait_for([cancelled], timeout=60).not_done == set()
+    batcher.close()
+    with pytest.raises(cachepass.CachePassError, match=r"the batcher failed: ZeroDivisionError"):
+        batcher.submit(request(2), num_inference_steps=STEPS)
+
+
 def test_a_request_that_fails_as_it_ends(model: Any, batcher: Batcher) -> None:
     def stubborn() -> Request:
         try:
@@ -175,12 +236,18 @@ def test_a_request_that_fails_as_it_ends(model: Any, batcher: Batcher) -> None:
     def empty() -> Request:
         yield {}
 
-    bad = [batcher.submit(work, num_inference_steps=STEPS) for work in (stubborn(), empty())]
+    def none() -> Request:
+        yield {"cond": {"hidden_states": torch.randn(0, 4, 2, 8, 8)}}
+
+    works = (stubborn(), empty(), none())
+    bad = [batcher.submit(work, num_inference_steps=STEPS) for work in works]
     good = batcher.submit(request(1), num_inference_steps=STEPS)
     with pytest.raises(ValueError, match="in finally"):
         bad[0].result(60)
     with pytest.raises(cachepass.CachePassError, match=r"must yield \{branch: keyword arguments\}"):
         bad[1].result(60)
+    with pytest.raises(cachepass.CachePassError, match=r"latent without samples: it needs at lea"):
+        bad[2].result(60)
     assert distance(good.result(60), alone(model, request(1))) < 1e-5
 
 
@@ -228,6 +295,129 @@ def test_caches_stay_within_a_budget(model: Any) -> None:
     assert peak == 2 * one
 
 
+def _watched(model: Any, budget: int, works: list[dict[str, Any]]) -> tuple[int, list[Tensor]]:
+    """The most that caches held, and what requests that came at once returned."""
+    peak, come = 0, threading.Event()
+
+    def watch(_: int) -> None:
+        nonlocal peak
+        come.wait(60)
+        peak = max(peak, watched.cache_bytes)
+
+    with Batcher(model, max_rows=4, max_cache_bytes=budget) as watched:
+        futures = [
+            watched.submit(request(i, on_step=watch, **work), num_inference_steps=STEPS)
+            for i, work in enumerate(works)
+        ]
+        come.set()
+        results = [future.result(60) for future in futures]
+    return peak, results
+
+
+def test_a_budget_holds_where_guidance_starts_late(model: Any) -> None:
+    """The second one waits for the first, with its caches."""
+    one = cachepass.plan(model._orig_mod, WAN.example(), policy=POLICY).bytes()
+    works: list[dict[str, Any]] = [{"guided_from": 1}, {"guided_from": 3}]
+    peak, results = _watched(model, one + one // 2, works)
+    assert one < peak <= one + one // 2
+    for i, (work, result) in enumerate(zip(works, results, strict=True)):
+        assert distance(result, alone(model, request(i, **work))) < 1e-5
+
+
+def test_requests_that_wait_for_each_other(model: Any) -> None:
+    """The one that came last gives its caches up, and is told so."""
+    one = cachepass.plan(model._orig_mod, WAN.example(), policy=POLICY).bytes()
+    works: list[dict[str, Any]] = [{"guided_from": 2}] * 2
+    peak, results = _watched(model, one + 1, works)
+    assert peak <= one + 1
+    assert distance(results[0], alone(model, request(0, **works[0]))) < 1e-5
+    assert distance(results[1], alone(model, request(1, **works[1]))) < 0.1
+    assert "caches dropped: an older request of the batcher needed" in str(cachepass.report(model))
+
+
+def test_a_request_that_comes_to_have_more_samples(model: Any) -> None:
+    """It waits for a step that has room for them; more than there can be are an error."""
+
+    def grows(to: int) -> Request:
+        generator = torch.Generator().manual_seed(9)
+        latent = torch.randn(1, 4, 2, 8, 8, generator=generator)
+        for step in range(STEPS):
+            latent = latent if step != 2 else latent.expand(to, -1, -1, -1, -1)
+            rows = len(latent)
+            given = {
+                "hidden_states": latent,
+                "timestep": torch.full((rows,), 1000.0 * (1 - step / STEPS)),
+                "encoder_hidden_states": torch.ones(rows, 5, 16),
+                "return_dict": False,
+            }
+            outputs = yield {"cond": given}
+            latent = latent - outputs["cond"] / STEPS
+        return latent
+
+    with Batcher(model, max_rows=3) as batcher:
+        others = [batcher.submit(request(i), num_inference_steps=STEPS) for i in range(2)]
+        fits, never = (batcher.submit(grows(to), num_inference_steps=STEPS) for to in (3, 4))
+        assert distance(fits.result(60), alone(model, grows(3))) < 1e-5
+        with pytest.raises(cachepass.CachePassError, match=r"has 4 samples, and `max_rows`=3"):
+            never.result(60)
+        for i, other in enumerate(others):
+            assert distance(other.result(60), alone(model, request(i))) < 1e-5
+
+
+def test_what_keeps_requests_apart_is_told_and_planned_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timestep for all samples of a request is another tensor in each."""
+    planned = []
+
+    def plan(*args: Any, **options: Any) -> Any:
+        planned.append(args)
+        return cachepass.plan(*args, **options)
+
+    def shared(work: Request) -> Request:
+        outputs = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                calls = next(work) if outputs is None else work.send(outputs)
+                outputs = yield {b: {**g, "timestep": g["timestep"][:1]} for b, g in calls.items()}
+
+    monkeypatch.setattr(serve, "plan", plan)
+    with Batcher(model, max_rows=4, max_cache_bytes=10**6) as batcher:
+        works = [shared(request(seed, steps=3, samples=2)) for seed in range(2)]
+        for future in [batcher.submit(work, num_inference_steps=3) for work in works]:
+            future.result(60)
+    assert len(planned) == 1
+    assert "called apart from other requests: 'timestep' differ in" in str(cachepass.report(model))
+
+
+def test_all_that_a_model_returns() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            for block in self.blocks:
+                x = x + block(x)
+            return x, x.mean(1)
+
+    model = Two().eval()
+    made: Any = cachepass.compile(model, policy="compute", inner="eager")
+
+    def one(x: Tensor) -> Request:
+        outputs = yield {"cond": {"x": x}}
+        return outputs["cond"]
+
+    given = [torch.randn(1, 4, 6), torch.randn(2, 4, 6)]
+    with Batcher(made) as batcher:
+        futures = [batcher.submit(one(x), num_inference_steps=1) for x in given]
+        for x, future in zip(given, futures, strict=True):
+            with torch.no_grad():
+                wanted = model(x)
+            for got, want in zip(future.result(60), wanted, strict=True):
+                assert distance(got, want) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("options", "work", "message"),
     [
@@ -247,9 +437,28 @@ def test_a_request_that_never_fits(
 def test_errors_of_a_batcher(model: Any) -> None:
     with pytest.raises(cachepass.CachePassError, match=r"`max_rows`=0: must be at least 1"):
         Batcher(model, max_rows=0)
+    plain = WAN.model()
+    whole = cachepass.compile(plain, policy="compute", lowering="graph")
+    for other in (plain, whole):
+        with pytest.raises(
+            cachepass.CachePassError, match=r"`model` is a .*: it must be what cach"
+        ):
+            Batcher(other)
     batcher = Batcher(model)
     with pytest.raises(cachepass.CachePassError, match=r"`request` is a list: it must be a gener"):
         batcher.submit([], num_inference_steps=STEPS)  # type: ignore[arg-type]
+    with pytest.raises(cachepass.SessionError, match=r"`num_inference_steps`=0: must be at least"):
+        batcher.submit(request(0), num_inference_steps=0)
+    come, work = threading.Event(), request(0, on_step=lambda _: come.wait(60))
+    futures = [batcher.submit(w, num_inference_steps=STEPS) for w in (request(1), work)]
+    started = request(2)
+    next(started)
+    for again in (work, started):
+        with pytest.raises(cachepass.CachePassError, match=r"`request` has been started or subm"):
+            batcher.submit(again, num_inference_steps=STEPS)
+    come.set()
+    for future in futures:
+        future.result(60)
     batcher.close()
     with pytest.raises(cachepass.CachePassError, match="the batcher is closed"):
         batcher.submit(request(0), num_inference_steps=STEPS)

@@ -145,6 +145,7 @@ def plan_of(gm: fx.GraphModule, args: Sequence[Any], storage: Storage, policy: s
                 shape=shape_of_one(value.shape, declared[name].rows, rows),
                 dtype=storage.dtype_of(declared[name], value.dtype),
                 across_branches=declared[name].across_branches,
+                scaled=storage.scales(declared[name], value.dtype),
             )
             for name, value in slot_shapes(gm, fakes, mode).items()
         ),

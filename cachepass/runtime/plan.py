@@ -8,6 +8,8 @@ import math
 
 import torch
 
+from cachepass.runtime.storage import SCALE_BYTES
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotPlan:
@@ -22,10 +24,14 @@ class SlotPlan:
     across_branches: bool
     """Whether all branches of guidance share it."""
 
+    scaled: bool = False
+    """Whether it is kept over a scale."""
+
     @property
     def bytes(self) -> int:
         """Of one row, and of one branch unless these share it."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        scale = SCALE_BYTES if self.scaled else 0
+        return math.prod(self.shape) * self.dtype.itemsize + scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,9 @@ from benchmarks.quality import PROMPTS, PSNR_LIMIT
 from benchmarks.sampling import Estimate, interleave, median, ratio
 from benchmarks.testbed import LATENT, Progress
 from cachepass.runtime import denoiser
-from cachepass.runtime.frame import Frame, Row
+from cachepass.runtime.frame import Frame
 from cachepass.runtime.policy import Measure
+from cachepass.runtime.row import Row
 from cachepass.serve import Batcher, Request
 from examples.shapes.codec import PatchCodec
 from examples.shapes.model import load

@@ -92,14 +92,13 @@ def scatter(
     return tuple(results)
 
 
-def mask(rows: Sequence[bool], value: Tensor, dim: int) -> Tensor:
-    """A per-row condition that broadcasts against a value with rows along a dimension."""
+def mask(rows: Tensor, value: Tensor, dim: int) -> Tensor:
+    """A condition (rows,) that broadcasts against a value with rows along a dimension."""
     size = value.shape[dim] if value.ndim else 0
     if not size or size % len(rows):
         raise SessionError(
             f"rows decide differently, and a value of shape {tuple(value.shape)} has no "
             f"dimension of {len(rows)} rows to select along"
         )
-    chosen = torch.tensor(rows, dtype=torch.bool, device=value.device)
-    chosen = chosen.repeat_interleave(size // len(rows))
+    chosen = rows.to(value.device).repeat_interleave(size // len(rows))
     return chosen.view([-1 if i == dim else 1 for i in range(value.ndim)])

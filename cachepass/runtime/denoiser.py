@@ -16,7 +16,8 @@ from torch import Tensor
 from cachepass.errors import PolicyError, SessionError
 from cachepass.ir.boundary import Cfg, Layout
 from cachepass.runtime.clock import Conditioning
-from cachepass.runtime.frame import Frame, Row, Surroundings
+from cachepass.runtime.frame import Frame, Surroundings
+from cachepass.runtime.row import Row
 from cachepass.runtime.inputs import Inputs
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.policy import Policy

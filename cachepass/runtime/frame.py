@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
@@ -17,30 +16,11 @@ from cachepass.ir.boundary import Cfg, Layout, Site, Slot
 from cachepass.ir.ops import Arm, Carried, When
 from cachepass.ir.predictors import Moment
 from cachepass.runtime import batch
-from cachepass.runtime.policy import COMPUTE, Facts, Measure, Policy
+from cachepass.runtime.policy import Facts, Measure, Policy
 from cachepass.runtime.ranks import Known, Ranks
+from cachepass.runtime.row import Row, records
 from cachepass.runtime.session import CallRecord, Observation, Session, Sums
-from cachepass.runtime.storage import Kept, Prefetch, Storage
-
-
-@dataclasses.dataclass(slots=True)
-class Row:
-    """One row of a running call: whose it is, and what was decided for it."""
-
-    session: Session
-    step: int
-    branch: str
-    sample: int
-    before: tuple[str, ...]
-    """Branches of its sample that were called before in this step."""
-
-    first: bool
-    """Whether it is the first of its sample in this step."""
-
-    time: float = math.nan
-    reused: frozenset[str] = COMPUTE
-    full: bool = True
-    """Whether it computes everything: caches are refreshed."""
+from cachepass.runtime.storage import Kept, Prefetch, Storage, is_one_value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +60,7 @@ class Frame:
         """Rows that count: others are computed along, and nothing of them is kept or looked at."""
 
         self._weights: dict[str, Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
         self.prefetch: Prefetch | None = None
         self.apart = True
         """Whether rows that decided differently went their own ways."""
@@ -101,9 +82,9 @@ class Frame:
     def read(self, slot: str, like: Tensor | None) -> Tensor:
         """See `ir.ops.cache_read`."""
         declared = self.layout.slots[slot]
-        kept = [r.session.slots.get(declared.key(r.branch, r.sample)) for r in self.rows]
-        if declared.rows is None and len({id(k) for k in kept}) > 1:
-            kept = [None] * len(kept)  # one value for all rows, and rows that remember others
+        kept = self._kept(declared, self.rows)
+        if declared.rows is None:  # one value for all rows; none where they remember others
+            kept = kept[:1] if is_one_value(kept) else [None]
         values = [self._value(k, declared) if k is not None else None for k in kept]
         if like is not None:
             shape = batch.shape_of_one(like.shape, declared.rows, len(self.rows))
@@ -113,7 +94,7 @@ class Frame:
             return batch.join([made if v is None else v for v in values], declared)
         # Rows that nothing is written for, and that nobody looks at, may be cold.
         there = next((v for v in values if v is not None), None)
-        cold_rows = [w for w, v in zip(self._live, values, strict=True) if v is None]
+        cold_rows = [w for w, v in zip(self._live, values, strict=False) if v is None]
         if there is None or any(cold_rows):
             raise SessionError(f"slot {slot!r} is cold and was read for reuse")
         return batch.join([torch.zeros_like(there) if v is None else v for v in values], declared)
@@ -121,11 +102,20 @@ class Frame:
     def write(self, slot: str, value: Tensor) -> None:
         """See `ir.ops.cache_write`. Rows that are not refreshed keep their old value."""
         declared, storage = self.layout.slots[slot], self.around.storage
+        for_all: Kept | None = None
         for i, row in self._written():
-            if declared.site not in row.session.left_out:
+            if declared.site in row.session.left_out:
+                continue
+            if for_all is not None:
+                kept = dataclasses.replace(for_all, step=row.step)
+            else:
                 own = batch.part(value, declared.rows, i, len(self.rows))
                 kept = storage.keep(declared, own, row.step)
-                row.session.slots[declared.key(row.branch, row.sample)] = kept
+                for_all = kept if declared.rows is None else None
+            row.session.slots[declared.key(row.branch, row.sample)] = kept
+
+    def _kept(self, slot: Slot, rows: Sequence[Row]) -> list[Kept | None]:
+        return [row.session.slots.get(slot.key(row.branch, row.sample)) for row in rows]
 
     def _value(self, kept: Kept, slot: Slot) -> Tensor:
         ahead = self._root.prefetch
@@ -149,7 +139,8 @@ class Frame:
         assert newest.site is not None
         if newest.site not in self._weights:  # many sublayers may share them
             numbers = [self._row_weights(newest, count, row) for row in self.rows]
-            self._weights[newest.site] = torch.tensor(numbers, dtype=torch.float32)
+            weights = torch.tensor(numbers, dtype=torch.float32, device=like.device)
+            self._weights[newest.site] = weights
         return self._weights[newest.site].to(like.device)
 
     def _row_weights(self, newest: Slot, count: int, row: Row) -> tuple[float, ...]:
@@ -215,17 +206,38 @@ class Frame:
                 elif isinstance(site, Cfg) and row.branch != "uncond":
                     not_here.add(name)
             row.reused = frozenset(taken)
-            row.full = not (taken or not_here)
+            row.full = not not_here
+        self._settle_together()
+        for row in rows:
+            row.full = row.full and not row.reused
         if self.around.storage.on_host and self.around.device.type == "cuda":
             self._prefetch()
 
+    def _settle_together(self) -> None:
+        """Let rows compute a site together that keeps one value for all of them, or reuse it."""
+        if len(self.rows) == 1:
+            return
+        for slot in self.layout.slots.values():
+            if slot.rows is not None or slot.site is None:
+                continue
+            reusing = [row for row in self.rows if slot.site in row.reused]
+            alike = len(reusing) == len(self.rows) and is_one_value(self._kept(slot, reusing))
+            for row in reusing if not alike else ():
+                row.reused -= {slot.site}
+                row.session.note(
+                    f"site {slot.site!r} keeps a value that rows of a call share: it was computed "
+                    "for all of them, as one needed it or they remembered others"
+                )
+
     def _prefetch(self) -> None:
         """Send for what the rows are going to reuse."""
-        self.prefetch = Prefetch(self.around.storage, self.around.device)
-        for row in self.rows:
-            slots = [s for s in self.layout.slots.values() if s.site in row.reused]
-            kept = [(s, row.session.slots.get(s.key(row.branch, row.sample))) for s in slots]
-            self.prefetch.send((slot, k) for slot, k in kept if k is not None)
+        wanted = (
+            (slot, kept)
+            for slot in self.layout.slots.values()
+            for kept in self._kept(slot, [row for row in self.rows if slot.site in row.reused])
+            if kept is not None
+        )
+        self.prefetch = Prefetch(self.around.storage, self.around.device, wanted)
 
     def _tell_timesteps(self, time: Tensor) -> None:
         times = batch.times(time, len(self.rows))
@@ -322,10 +334,17 @@ class Frame:
             return self._both(reusing, compute, reuse, operands, returned)
         made = []
         for arm, group in zip((compute, reuse), groups, strict=True):
-            chosen = torch.tensor(group, device=self.around.device)
+            chosen = self._on_device(group)
             own = batch.gather(operands, given, chosen, len(self.rows))
             made.append((chosen, arm(self._of(group), *own)))
         return batch.scatter(made, returned, len(self.rows))
+
+    def _on_device(self, numbers: Sequence[int] | Sequence[bool]) -> Tensor:
+        """Made once in a call: each time the host would wait for the device."""
+        known, key = self._root._numbers, repr(numbers)
+        if key not in known:
+            known[key] = torch.tensor(numbers, device=self.around.device)
+        return known[key]
 
     def _of(self, chosen: Sequence[int]) -> Frame:
         """A frame of some of the rows."""
@@ -349,9 +368,9 @@ class Frame:
             arm(self._where(live), *operands)
             for arm, live in zip((compute, reuse), sides, strict=True)
         )
-        dims = returned or (0,) * len(computed)
+        dims, chosen = returned or (0,) * len(computed), self._on_device(reusing)
         return tuple(
-            new if dim is None else torch.where(batch.mask(reusing, new, dim), old, new)
+            new if dim is None else torch.where(batch.mask(chosen, new, dim), old, new)
             for new, old, dim in zip(computed, kept, dims, strict=True)
         )
 
@@ -394,26 +413,6 @@ class Frame:
                 skipped = row.session.skipped_uncond_at.get(row.sample) == row.step
                 return full and row.branch == "cond" and "uncond" in row.before and not skipped
 
-    # ----------------------------------------------------------------------- report
-
     def record(self) -> list[tuple[Session, CallRecord]]:
         """What this call did, for each session and branch in it."""
-        blocks, coverage = self.layout.blocks, self.layout.coverage
-        of: dict[tuple[Session, str], list[Row]] = collections.defaultdict(list)
-        for row in self.rows:
-            of[row.session, row.branch].append(row)
-        skipped = {
-            id(row): frozenset().union(*(coverage[name] for name in row.reused))
-            for row in self.rows
-        }
-        # Computed together, a block is saved when no row needed it.
-        common = len(frozenset.intersection(*skipped.values()))
-        found = []
-        for (session, branch), mine in of.items():
-            alone = sum(len(skipped[id(row)]) for row in mine) / len(mine)
-            saved = alone if self.apart else common
-            reused = tuple(row.reused for row in mine)
-            found.append(
-                (session, CallRecord(mine[0].step, branch, reused, blocks - saved, blocks))
-            )
-        return found
+        return records(self.rows, self.layout, apart=self.apart)

@@ -18,7 +18,7 @@ class Rows:
     def __init__(self, owner: object, rows: Sequence[Session | Location]) -> None:
         self.owner = owner
         self._listed = [Location(row) if isinstance(row, Session) else row for row in rows]
-        self._entered = contextlib.ExitStack()
+        self._entered: contextlib.ExitStack | None = None
         self._places: list[Location] = []
         if not rows:
             raise SessionError("`rows` is empty: a call has at least one row")
@@ -39,6 +39,10 @@ class Rows:
             seen.add(key)
 
     def __enter__(self) -> Rows:
+        if self._entered is not None:
+            raise SessionError(
+                "these `rows` are entered already: call cachepass.rows again for another `with`"
+            )
         with contextlib.ExitStack() as entered:
             for session in dict.fromkeys(row.session for row in self._listed):
                 entered.enter_context(session)
@@ -57,7 +61,9 @@ class Rows:
         trace: TracebackType | None,
     ) -> None:
         ROWS.set(tuple(other for other in ROWS.get() if other is not self))
-        self._entered.close()
+        assert self._entered is not None
+        entered, self._entered = self._entered, None
+        entered.close()
 
     def places(self, count: int, branch: str | None) -> list[Location]:
         """Whose the rows of a call are.

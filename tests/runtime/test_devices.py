@@ -93,6 +93,18 @@ def test_slots_on_the_host_hold_the_same(device: str, policy: cachepass.NamedPol
     _alike(Requests(device, policy, cache_on_host=True), Requests(device, policy), 0.0)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_sent_for_leaves_no_memory_behind(device: str) -> None:
+    """Copies are made on one stream, whose memory is used again."""
+    requests = Requests(device, MIXED, cache_on_host=True)
+    reserved = []
+    for _ in range(4):
+        requests.sessions = [cachepass.session(requests.model) for _ in range(2)]
+        requests.run()
+        reserved.append(torch.cuda.memory_reserved() if device == "cuda" else 0)
+    assert reserved[1:] == reserved[1:2] * 3
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("device", DEVICES)
 def test_slots_of_eight_bits_on_the_host(device: str) -> None:

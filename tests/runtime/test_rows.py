@@ -370,19 +370,94 @@ def test_one_value_for_rows_that_remember_others() -> None:
     assert [decisions(s)[1][2] for s in (a, b)] == [[], []]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn], ids=str)
+def test_one_value_for_the_samples_of_a_request(dtype: torch.dtype | None) -> None:
+    """They do what one of them does; the value is kept once."""
+    policy = cachepass.TeaCache(threshold=0.3, warmup_steps=1)
+    model: Any = cachepass.compile(
+        Timeless().eval(), policy=policy, inner="eager", cache_dtype=dtype
+    )
+    told = []
+    for rows in (1, 3):
+        session = cachepass.session(model, num_inference_steps=9)
+        for step in range(9):
+            with session.at(step=step):
+                model(torch.ones(rows, 5, 6), torch.tensor(1 - step / 9))
+        assert "no evidence" not in notes(session)
+        told.append(decisions(session))
+        kept = [k for (_, _, slot), k in session.slots.items() if "timestep" in slot]
+        assert len(kept) == rows
+        assert len({id(k.value) for k in kept}) == 1
+    assert told[0] == told[1]
+    assert {bool(names) for _, _, names in told[0]} == {True, False}
+
+
+def test_requests_that_went_alike_share_one_value() -> None:
+    policy = cachepass.TeaCache(threshold=0.3, warmup_steps=1)
+    model: Any = cachepass.compile(Timeless().eval(), policy=policy, inner="eager")
+    apart, together = (
+        [cachepass.session(model, num_inference_steps=9) for _ in "ab"] for _ in "ab"
+    )
+    x = torch.randn(2, 5, 6)
+    for step in range(9):
+        time = torch.tensor(1 - step / 9)
+        for row, session in enumerate(apart):
+            with session.at(step=step):
+                model(x[row : row + 1], time)
+        for row, session in enumerate(together if step < 3 else ()):
+            with session.at(step=step):
+                model(x[row : row + 1], time)
+        if step >= 3:
+            with cachepass.rows(model, [s.row(branch="cond") for s in together]):
+                model(x, time)
+    assert [decisions(s) for s in together] == [decisions(s) for s in apart]
+
+
+def test_a_site_with_one_value_for_all_rows() -> None:
+    """It is computed for all or for none: there is no telling whose the value would be."""
+    model: Any = cachepass.compile(
+        Timeless(returned=True).eval(), inner="eager",
+        policy=cachepass.Schedule(reuse={2: "stack", 4: "stack"}),
+    )  # fmt: skip
+    a, b, both = (cachepass.session(model, num_inference_steps=9) for _ in range(3))
+    x = torch.randn(2, 5, 6)
+    for step in range(5):
+        time = torch.tensor(1 - step / 9)
+        with both.at(step=step):
+            whole = model(x, time)
+        with a.at(step=step):
+            alone = model(x[:1], time)
+        assert distance(whole[:1], alone) < 1e-6
+    assert decisions(both) == decisions(both, 1) == decisions(a)
+    a.drop()
+    for step in range(2):
+        with cachepass.rows(model, [s.row(branch="cond", step=step) for s in (a, b)]):
+            model(x, torch.tensor(1 - step / 9))
+    with cachepass.rows(model, [a.row(branch="cond", step=2), b.row(branch="cond", step=3)]):
+        mixed = model(x, torch.tensor(0.5))
+    with torch.no_grad():
+        assert distance(mixed, model._orig_mod(x, torch.tensor(0.5))) < 1e-6
+    assert "site 'stack' keeps a value that rows of a call share: it was computed" in notes(a)
+
+
 class Timeless(nn.Module):
     """Takes one timestep for all rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, returned: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(1, 6)
         self.blocks = nn.ModuleList(Modulated() for _ in range(3))
+        self.returned = returned
+        """Whether blocks change what they get of the timestep, too."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift = self.embed(t.view(1, 1))
+        block: Any
         for block in self.blocks:
-            x = block(x, shift)
-        return x
+            made = block(x, shift)
+            x, shift = made, (shift + torch.tanh(block.linear(shift)) if self.returned else shift)
+        out: Tensor = x + shift
+        return out
 
 
 class Modulated(nn.Module):
@@ -413,6 +488,11 @@ def test_what_rows_refuse() -> None:
             cachepass.rows(model, listed)
     with pytest.raises(cachepass.SessionError, match=r"`step`=4: must be from 0 to 3"):
         a.row(step=4)
+    rows = cachepass.rows(model, [a])
+    with rows, pytest.raises(cachepass.SessionError, match=r"these `rows` are entered already"):
+        rows.__enter__()
+    with rows:  # after it was left
+        pass
     request = Request(model, 0, steps=4)
     with (
         pytest.raises(

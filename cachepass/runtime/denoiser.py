@@ -17,11 +17,11 @@ from cachepass.errors import PolicyError, SessionError
 from cachepass.ir.boundary import Cfg, Layout
 from cachepass.runtime.clock import Conditioning
 from cachepass.runtime.frame import Frame, Surroundings
-from cachepass.runtime.row import Row
 from cachepass.runtime.inputs import Inputs
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.policy import Policy
 from cachepass.runtime.ranks import Ranks
+from cachepass.runtime.row import Row
 from cachepass.runtime.rows import ROWS
 from cachepass.runtime.session import ENTERED, History, Location, Session
 from cachepass.runtime.storage import Storage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -26,11 +27,18 @@ CASES: dict[str, cachepass.NamedPolicy] = {
 REUSE = cachepass.Schedule(reuse={3: "step", 4: "stack", 6: "stack"})
 
 
+@functools.cache
 def _plan(policy: cachepass.NamedPolicy, **options: Any) -> cachepass.Plan:
     return cachepass.plan(WAN.model(), WAN.example(), policy=policy, **options)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("firstblock", 1), *((name, 3) for name in CASES)])
+FULL = [pytest.param(name, 3, marks=pytest.mark.full) for name in ("taylorseer", "pab")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("firstblock", 1), *((name, 3) for name in ("firstblock", "adacache", "dicache")), *FULL],
+)
 def test_the_plan_is_what_slots_hold(name: str, rows: int) -> None:
     model = cachepass.compile(WAN.model(), policy=CASES[name], inner="eager")
     _, session = run(model, steps=STEPS, rows=rows)
@@ -85,17 +93,17 @@ def test_nothing_is_allocated() -> None:
 # --------------------------------------------------------------------------- narrower
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slots_in_fewer_bits(dtype: torch.dtype) -> None:
+def test_slots_in_fewer_bits() -> None:
     """The same decisions, as they are made by the step alone; outputs by the type's precision."""
     outputs = {}
-    for kept_in in (None, dtype):
-        model = cachepass.compile(WAN.model(), policy=REUSE, inner="eager", cache_dtype=kept_in)
-        outputs[kept_in], session = run(model, steps=STEPS)
+    for dtype in (None, *DTYPES):
+        model = cachepass.compile(WAN.model(), policy=REUSE, inner="eager", cache_dtype=dtype)
+        outputs[dtype], session = run(model, steps=STEPS)
         assert {n for _, _, names in decisions(session) for n in names} == {"step", "stack"}
-        assert session.cache_bytes == _plan(REUSE, cache_dtype=kept_in).bytes()
-    error = max(distance(a, b) for a, b in zip(outputs[dtype], outputs[None], strict=True))
-    assert torch.finfo(dtype).eps / 100 < error < torch.finfo(dtype).eps
+        assert session.cache_bytes == _plan(REUSE, cache_dtype=dtype).bytes()
+    for dtype in DTYPES:
+        error = max(distance(a, b) for a, b in zip(outputs[dtype], outputs[None], strict=True))
+        assert torch.finfo(dtype).eps / 100 < error < torch.finfo(dtype).eps
 
 
 def test_signals_keep_sixteen_bits() -> None:

@@ -67,7 +67,7 @@ def _by_hand(
     return latent, switched
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "unipc"])
+@pytest.mark.parametrize("scheduler", ["euler", pytest.param("unipc", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("delta", "latest", "measured"),
     [(0.01, 0.9, "latent"), (1e-9, 0.5, "latent"), (1.0, 0.9, "output")],

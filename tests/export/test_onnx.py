@@ -44,6 +44,7 @@ def test_an_onnx_file(onnx_file: pathlib.Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.full
 def test_a_file_with_open_sizes(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("onnxscript")
     path, two = tmp_path / "model.onnx", wan_of(rows=2)

@@ -51,7 +51,15 @@ def both(
     return theirs, ours
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+QUICK = ("schedule", "firstblock", "adacache", "mixcache", "taylorseer")
+"""One of each kind: told, one signal, its own rate, several sites, several values."""
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [p if p.name in QUICK else pytest.param(p, marks=pytest.mark.full) for p in POLICIES],
+    ids=lambda p: p.name,
+)
 def test_decides_and_computes_as_regions_do(policy: cachepass.NamedPolicy) -> None:
     theirs, ours = both(policy)
     assert decisions(ours) == decisions(theirs)
@@ -151,7 +159,11 @@ ROWS = 2
 _CACHE: dict[Any, tuple[Any, Any, Script]] = {}
 
 
-@pytest.mark.parametrize("predictor", [None, cachepass.Taylor(order=2)], ids=["usual", "taylor"])
+@pytest.mark.parametrize(
+    "predictor",
+    [None, pytest.param(cachepass.Taylor(order=2), marks=pytest.mark.full)],
+    ids=["usual", "taylor"],
+)
 @examples(15)
 @given(
     table=st.dictionaries(

@@ -64,7 +64,9 @@ def test_sublayers_of_wan() -> None:
     assert layout.patches is not None
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "flux", "hunyuan"])
+@pytest.mark.parametrize(
+    "name", ["cogvideox", "flux", pytest.param("hunyuan", marks=pytest.mark.full)]
+)
 def test_attention_that_streams_share_is_found_and_not_skippable(name: str) -> None:
     tiny = TINY[name]
     layout = layout_of(capture(tiny).run(MarkBoundaries()))

@@ -52,7 +52,7 @@ def plan(
     chosen = for_model(resolve(policy, options), model)
     latent = latent_among((), example_inputs)
     rows = latent.shape[0] if latent is not None else 1
-    # As `compile` captures it: the number of rows is open, where there are several.
+    # As where it is compiled: the number of rows is open, if there are several.
     several = {n: {0: None} for n, v in example_inputs.items() if rows > 1 and in_front(v, rows)}
     with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # added late
         gm, args = capture.capture_call(Shadow(model).module, example_inputs, several)

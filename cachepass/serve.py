@@ -24,6 +24,8 @@ import dataclasses
 import inspect
 import threading
 import traceback
+import types
+import weakref
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from types import TracebackType
@@ -59,20 +61,25 @@ class _Work:
     """A request on its way."""
 
     request: Request
-    session: Session
+    steps: int
     future: Future[Any] = dataclasses.field(default_factory=Future)
-    given: Branches = dataclasses.field(default_factory=dict)
-    """Of the step that comes next; empty until the request has started."""
+    session: Session | None = None
+    """Once it is admitted."""
 
     step: int = 0
+    given: Branches = dataclasses.field(default_factory=dict)
+    """Of the step that comes next, as all below; empty until the request has started."""
+
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
     samples: int = 0
-    """Of the next step."""
+    kept: frozenset[tuple[str, int]] = frozenset()
+    """Branches and samples that were called since it has caches, or will be."""
 
     needs: int = 0
-    """What its caches may hold after the next step, in bytes; 0 without a budget."""
+    """What its caches may hold after it, in bytes; 0 without a budget."""
 
     reserved: int = 0
-    """What they may hold by now."""
+    """What they may hold before it."""
 
 
 class Batcher:
@@ -107,6 +114,7 @@ class Batcher:
         self._model, self._max_rows, self._max_bytes = model, max_rows, max_cache_bytes
         self._waiting: collections.deque[_Work] = collections.deque()
         self._running: list[_Work] = []
+        self._submitted: weakref.WeakSet[Request] = weakref.WeakSet()
         self._plans: dict[object, Plan] = {}
         """By names, shapes and types of a call's arguments."""
 
@@ -120,21 +128,24 @@ class Batcher:
 
     def submit(self, request: Request, *, num_inference_steps: int) -> Future[Any]:
         """Queue a request; the future gives what it returns, or raises what it raised."""
-        if not isinstance(request, Generator):
+        if not isinstance(request, types.GeneratorType):
             raise CachePassError(
                 f"`request` is a {type(request).__name__}: it must be a generator, which yields "
                 "the inputs of each step's calls"
             )
-        work = _Work(request, api.session(self._model, num_inference_steps=num_inference_steps))
+        if num_inference_steps < 1:
+            raise CachePassError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
+        work = _Work(request, num_inference_steps)
         with self._changed:
             if self._closed:
                 raise CachePassError(self._closed)
-            submitted = any(other.request is request for other in self._waiting)
-            if submitted or inspect.getgeneratorstate(request) != inspect.GEN_CREATED:
+            started = inspect.getgeneratorstate(request) != inspect.GEN_CREATED
+            if started or request in self._submitted:
                 raise CachePassError(
                     "`request` has been started or submitted before: a generator runs once, make "
                     "one for each request"
                 )
+            self._submitted.add(request)
             self._waiting.append(work)
             self._changed.notify()
         return work.future
@@ -172,7 +183,7 @@ class Batcher:
                         self._leave(work)
                     self._admit()
                     self._step()
-                    self._held = sum(work.session.cache_bytes for work in self._running)
+                    self._held = sum(w.session.cache_bytes for w in self._running if w.session)
         except BaseException as error:  # none of a request's: nobody is left waiting
             with self._changed:
                 self._closed = f"the batcher failed: {error!r}"
@@ -201,6 +212,7 @@ class Batcher:
             elif self._has_room(work, self._running):
                 self._waiting.popleft()
                 self._running.append(work)
+                work.session = api.session(self._model, num_inference_steps=work.steps)
                 work.reserved = work.needs
             else:
                 return
@@ -218,7 +230,10 @@ class Batcher:
         return taken + work.needs <= self._max_bytes
 
     def _plan(self, work: _Work) -> int:
-        """What the caches of a request may hold after its next step."""
+        """What the caches of a request may hold after its next step.
+
+        Those of a branch or sample that is called no more stay until the request ends.
+        """
         given, denoiser = next(iter(work.given.values())), self._model.denoiser
         shapes = shapes_of(given)
         if shapes not in self._plans:
@@ -228,7 +243,12 @@ class Batcher:
                 policy=denoiser.policy,
                 cache_dtype=denoiser.storage.dtype,
             )
-        held = self._plans[shapes].bytes(rows=work.samples, branches=len(work.given))
+        planned = self._plans[shapes]
+        samples, pairs = len({sample for _, sample in work.kept}), len(work.kept)
+        shared = planned.bytes(rows=samples, branches=0)
+        held = (
+            shared + planned.bytes(rows=pairs, branches=1) - planned.bytes(rows=pairs, branches=0)
+        )
         limit = denoiser.storage.max_bytes  # sites are left out until they are within it
         return held if limit is None else min(held, limit)
 
@@ -239,14 +259,15 @@ class Batcher:
             CachePassError: more than there can be.
         """
         work.samples = _samples(work.given)
+        work.kinds = {branch: kind_of(call) for branch, call in work.given.items()}
         if work.samples > self._max_rows:
             raise CachePassError(
                 f"the request has {work.samples} samples, and `max_rows`={self._max_rows}"
             )
         if self._max_bytes is None:
             return
-        # Slots of a branch that is called no more stay until the request ends.
-        work.needs = max(self._plan(work), work.reserved)
+        work.kept |= {(branch, i) for branch in work.given for i in range(work.samples)}
+        work.needs = self._plan(work)
         if work.needs > self._max_bytes:
             raise CachePassError(
                 f"the request cannot run: its caches may hold {work.needs:,} bytes, and "
@@ -263,9 +284,11 @@ class Batcher:
         if found or not self._running:
             return found
         newest = next(work for work in reversed(self._running) if work.reserved)
+        assert newest.session is not None
         newest.session.drop()
         newest.session.note("caches dropped: an older request of the batcher needed their room")
-        newest.reserved = 0
+        newest.reserved, newest.kept = 0, frozenset()
+        self._check(newest)
         return self._stepping()
 
     def _step(self) -> None:
@@ -277,11 +300,12 @@ class Batcher:
             for work in stepping:
                 if turn < len(work.given) and not work.future.done():
                     branch = list(work.given)[turn]
-                    groups[branch].setdefault(kind_of(work.given[branch]), []).append(work)
+                    groups[branch].setdefault(work.kinds[branch], []).append(work)
             for branch, kinds in groups.items():
-                for work in stepping if len(kinds) > 1 else ():
-                    work.session.note(why_apart(kinds))
                 for group in kinds.values():
+                    for work in group if len(kinds) > 1 else ():
+                        if work.session is not None:
+                            work.session.note(why_apart(kinds))
                     self._call(branch, group, outputs)
         for work in stepping:
             if not work.future.done():
@@ -304,13 +328,14 @@ class Batcher:
 
     def _together(self, branch: str, group: Sequence[_Work]) -> Sequence[Output] | Exception:
         """The outputs of a call for several requests, or why it failed."""
-        rows = [
-            work.session.row(branch=branch, sample=i, step=work.step)
-            for work in group
-            for i in range(work.samples)
-        ]
         given = [work.given[branch] for work in group]
         try:
+            rows = [
+                work.session.row(branch=branch, sample=i, step=work.step)
+                for work in group
+                for i in range(work.samples)
+                if work.session is not None
+            ]
             with api.rows(self._model, rows):
                 made = self._model(**{name: joined(name, given) for name in given[0]})
             return taken_apart(made, [work.samples for work in group])
@@ -340,7 +365,8 @@ class Batcher:
             _fail(work, error)
         if work in self._running:
             self._running.remove(work)
-        work.session.drop()
+        if work.session is not None:
+            work.session.drop()
         if work.future.cancelled():
             work.future.set_running_or_notify_cancel()  # tells those who wait for it
 
@@ -372,7 +398,10 @@ def _fail(work: _Work, error: BaseException) -> None:
         work.future.set_exception(error)
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what the frames of an error, and of those behind it, hold."""
+    found: list[BaseException | None] = [error]
+    for one in found:
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)
+            found += [e for e in (one.__cause__, one.__context__) if e not in found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
@@ -32,11 +32,21 @@ class EliminateDeadCache:
         modified = False
         while _sweep(gm):
             modified = True
-        used = {n.args[1] for part in walk(gm) for n in _of(part, ops.cache_read)}
-        for name in [n for n in layout.slots if n not in used]:
+        layout.reads = tuple(dict.fromkeys(_reads(gm)))
+        for name in [n for n in layout.slots if n not in layout.reads]:
             del layout.slots[name]
             modified = True
         return PassResult(gm, modified)
+
+
+def _reads(gm: fx.GraphModule) -> Iterator[str]:
+    """The slots that are read, as a call comes by them."""
+    for node in gm.graph.nodes:
+        arm = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if node.target is ops.cache_read:
+            yield str(node.args[1])
+        elif isinstance(arm, fx.GraphModule):
+            yield from _reads(arm)
 
 
 def _of(gm: fx.GraphModule, target: Callable[..., Any]) -> list[fx.Node]:

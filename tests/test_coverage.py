@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.coverage.check import POLICIES, ROOM, check, in_a_line
@@ -46,6 +47,7 @@ def test_a_class_that_works() -> None:
     assert "| equal | 20 |" in row
 
 
+@pytest.mark.full
 def test_a_class_that_fails() -> None:
     told = check(
         Entry(build=Plain, inputs=TOY.inputs, main=(), latent="x", timestep="t"),

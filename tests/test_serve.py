@@ -67,6 +67,11 @@ def alone(model: Any, work: Request, *, steps: int = STEPS) -> Tensor:
         return result
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """One model serves all: what was captured of it stays, unlike elsewhere."""
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return cachepass.compile(WAN.model(), policy=POLICY, inner="eager")
@@ -211,16 +216,21 @@ def test_a_request_that_ends_the_thread_ends_itself(model: Any, batcher: Batcher
 def test_a_batcher_that_fails_leaves_nobody_waiting(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Batcher, "_step", lambda _: 1 / 0)
-    batcher = Batcher(model)
-    come = threading.Event()
-    first = batcher.submit(request(0, on_step=lambda _: come.wait(60)), num_inference_steps=STEPS)
-    cancelled = batcher.submit(request(1), num_inference_steps=STEPS)
+    def step(_: Batcher) -> None:
+        come.wait(60)
+        assert waits.cancel()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Batcher, "_step", step)
+    batcher, come = Batcher(model, max_rows=1), threading.Event()
+    first, waits, cancelled = (
+        batcher.submit(request(i), num_inference_steps=STEPS) for i in range(3)
+    )
     assert cancelled.cancel()
     come.set()
     with pytest.raises(cachepass.CachePassError, match=r"the batcher failed: ZeroDivisionError"):
         first.result(60)
-    assert wait_for([cancelled], timeout=60).not_done == set()
+    assert wait_for([waits, cancelled], timeout=60).not_done == set()
     batcher.close()
     with pytest.raises(cachepass.CachePassError, match=r"the batcher failed: ZeroDivisionError"):
         batcher.submit(request(2), num_inference_steps=STEPS)
@@ -236,10 +246,13 @@ def test_a_request_that_fails_as_it_ends(model: Any, batcher: Batcher) -> None:
     def empty() -> Request:
         yield {}
 
+    def longer() -> Request:
+        yield from request(0, steps=STEPS + 1)
+
     def none() -> Request:
         yield {"cond": {"hidden_states": torch.randn(0, 4, 2, 8, 8)}}
 
-    works = (stubborn(), empty(), none())
+    works = (stubborn(), empty(), none(), longer())
     bad = [batcher.submit(work, num_inference_steps=STEPS) for work in works]
     good = batcher.submit(request(1), num_inference_steps=STEPS)
     with pytest.raises(ValueError, match="in finally"):
@@ -248,6 +261,8 @@ def test_a_request_that_fails_as_it_ends(model: Any, batcher: Batcher) -> None:
         bad[1].result(60)
     with pytest.raises(cachepass.CachePassError, match=r"latent without samples: it needs at lea"):
         bad[2].result(60)
+    with pytest.raises(cachepass.SessionError, match=rf"`step`={STEPS}: must be from 0 to 5"):
+        bad[3].result(60)
     assert distance(good.result(60), alone(model, request(1))) < 1e-5
 
 
@@ -322,6 +337,27 @@ def test_a_budget_holds_where_guidance_starts_late(model: Any) -> None:
     assert one < peak <= one + one // 2
     for i, (work, result) in enumerate(zip(works, results, strict=True)):
         assert distance(result, alone(model, request(i, **work))) < 1e-5
+
+
+def test_branches_that_take_turns_are_all_counted(model: Any) -> None:
+    def turns() -> Request:
+        latent = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+        for step in range(STEPS):
+            given = {
+                "hidden_states": latent,
+                "timestep": torch.tensor([1000.0 * (1 - step / STEPS)]),
+                "encoder_hidden_states": torch.ones(1, 5, 16),
+                "return_dict": False,
+            }
+            yield dict.fromkeys(("cond", "uncond" if step % 2 else "perturbed"), given)
+
+    two = cachepass.plan(model._orig_mod, WAN.example(), policy=POLICY).bytes()
+    with Batcher(model, max_cache_bytes=two) as batcher:
+        future = batcher.submit(turns(), num_inference_steps=STEPS)
+        with pytest.raises(cachepass.CachePassError, match=rf"may hold {3 * two // 2:,} bytes"):
+            future.result(60)
+    with Batcher(model, max_cache_bytes=3 * two // 2) as batcher:
+        batcher.submit(turns(), num_inference_steps=STEPS).result(60)
 
 
 def test_requests_that_wait_for_each_other(model: Any) -> None:
@@ -447,7 +483,7 @@ def test_errors_of_a_batcher(model: Any) -> None:
     batcher = Batcher(model)
     with pytest.raises(cachepass.CachePassError, match=r"`request` is a list: it must be a gener"):
         batcher.submit([], num_inference_steps=STEPS)  # type: ignore[arg-type]
-    with pytest.raises(cachepass.SessionError, match=r"`num_inference_steps`=0: must be at least"):
+    with pytest.raises(cachepass.CachePassError, match=r"`num_inference_steps`=0: must be at l"):
         batcher.submit(request(0), num_inference_steps=0)
     come, work = threading.Event(), request(0, on_step=lambda _: come.wait(60))
     futures = [batcher.submit(w, num_inference_steps=STEPS) for w in (request(1), work)]

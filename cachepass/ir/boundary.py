@@ -340,6 +340,9 @@ class Layout:
 
     sublayers: list[Sublayer] = dataclasses.field(default_factory=list)
     slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    """Slots in the order in which a call reads them (filled in by `eliminate-dead-cache`)."""
+
     coverage: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     """Blocks that a site skips, by site name (filled in by the insertion passes)."""
 

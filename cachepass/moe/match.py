@@ -13,6 +13,7 @@ import copy
 import enum
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
             type(child),
             tuple(sorted((k, _constant(v)) for k, v in vars(child).items() if k not in _OF_ALL)),
             tuple((k, p.shape, p.dtype) for k, p in child._parameters.items() if p is not None),
+            tuple((k, _of_buffer(buffer)) for k, buffer in child._buffers.items()),
         )
         for name, child in module.named_modules()
     )
@@ -111,16 +113,29 @@ _OF_ALL = frozenset(vars(nn.Module())) - {"training"}
 """What torch keeps in every module, whatever it computes."""
 
 
+def _of_buffer(buffer: Tensor | None) -> Any:
+    """What tells buffers apart, but for numbers that are drawn for a trial."""
+    if buffer is None or buffer.is_floating_point() or buffer.is_meta:
+        return buffer if buffer is None else (buffer.shape, buffer.dtype)
+    return buffer.shape, buffer.dtype, tuple(buffer.flatten().tolist())
+
+
 def _constant(value: Any) -> str:
     """Equal for attributes that mean the same; what nobody can tell is itself alone."""
     plain = (int, float, str, bool, type(None), torch.dtype, torch.device, enum.Enum)
     if isinstance(value, plain):
         return repr(value)
-    if isinstance(value, (tuple, list, set, frozenset)):
+    if isinstance(value, (tuple, list)):
         return f"{type(value).__name__}({', '.join(map(_constant, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{type(value).__name__}({', '.join(sorted(map(_constant, value)))})"
     if isinstance(value, Mapping):
         pairs = (f"{_constant(k)}: {_constant(v)}" for k, v in value.items())
         return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, functools.partial):
+        return f"partial({_constant(value.func)}, {_constant(value.args)}, {value.keywords})"
+    if isinstance(value, types.FunctionType) and not value.__closure__:  # each expert's lambda
+        return f"code at {id(value.__code__)}, {value.__defaults__}, {value.__kwdefaults__}"
     return f"{type(value).__name__} at {id(value)}"
 
 

@@ -82,9 +82,10 @@ class Frame:
     def read(self, slot: str, like: Tensor | None) -> Tensor:
         """See `ir.ops.cache_read`."""
         declared = self.layout.slots[slot]
-        kept = self._kept(declared, self.rows)
+        kept, live = self._kept(declared, self.rows), self._live
         if declared.rows is None:  # one value for all rows; none where they remember others
-            kept = kept[:1] if is_one_value(kept) else [None]
+            looked_at = [k for k, lives in zip(kept, live, strict=True) if lives]
+            kept, live = (looked_at[:1] if self._agree(looked_at) else [None]), [True]
         values = [self._value(k, declared) if k is not None else None for k in kept]
         if like is not None:
             shape = batch.shape_of_one(like.shape, declared.rows, len(self.rows))
@@ -94,7 +95,7 @@ class Frame:
             return batch.join([made if v is None else v for v in values], declared)
         # Rows that nothing is written for, and that nobody looks at, may be cold.
         there = next((v for v in values if v is not None), None)
-        cold_rows = [w for w, v in zip(self._live, values, strict=False) if v is None]
+        cold_rows = [w for w, v in zip(live, values, strict=True) if v is None]
         if there is None or any(cold_rows):
             raise SessionError(f"slot {slot!r} is cold and was read for reuse")
         return batch.join([torch.zeros_like(there) if v is None else v for v in values], declared)
@@ -113,6 +114,10 @@ class Frame:
                 kept = storage.keep(declared, own, row.step)
                 for_all = kept if declared.rows is None else None
             row.session.slots[declared.key(row.branch, row.sample)] = kept
+
+    def _agree(self, kept: Sequence[Kept | None]) -> bool:
+        # What is equal here need not be on another rank, and all of them decide alike.
+        return is_one_value(kept, compared=self.around.ranks is None)
 
     def _kept(self, slot: Slot, rows: Sequence[Row]) -> list[Kept | None]:
         return [row.session.slots.get(slot.key(row.branch, row.sample)) for row in rows]
@@ -221,19 +226,24 @@ class Frame:
             if slot.rows is not None or slot.site is None:
                 continue
             reusing = [row for row in self.rows if slot.site in row.reused]
-            alike = len(reusing) == len(self.rows) and is_one_value(self._kept(slot, reusing))
+            alike = (
+                len(reusing) == len(self.rows)
+                and not self._site(slot.site).stand_in.weighted  # each row has its own weights
+                and self._agree(self._kept(slot, reusing))
+            )
             for row in reusing if not alike else ():
                 row.reused -= {slot.site}
                 row.session.note(
-                    f"site {slot.site!r} keeps a value that rows of a call share: it was computed "
-                    "for all of them, as one needed it or they remembered others"
+                    f"site {slot.site!r} keeps a value that rows of a call share, and there was "
+                    "none that would do for all of them: it was computed"
                 )
 
     def _prefetch(self) -> None:
         """Send for what the rows are going to reuse."""
+        slots = [self.layout.slots[name] for name in self.layout.reads]
         wanted = (
             (slot, kept)
-            for slot in self.layout.slots.values()
+            for slot in slots
             for kept in self._kept(slot, [row for row in self.rows if slot.site in row.reused])
             if kept is not None
         )

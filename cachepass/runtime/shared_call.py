@@ -49,13 +49,14 @@ def shapes_of(given: Mapping[str, Any]) -> object:
     """Equal for calls whose rows hold as much."""
     leaves, tree = tree_flatten(dict(sorted(given.items())))
     rows = _rows(given)
-    kinds = [
-        (leaf.shape[1:] if in_front(leaf, rows) else leaf.shape, leaf.dtype)
-        if isinstance(leaf, Tensor)
-        else repr(leaf)
-        for leaf in leaves
-    ]
-    return str(tree), tuple(kinds)
+
+    def kind(leaf: Any) -> object:
+        if isinstance(leaf, Tensor):
+            return leaf.shape[1:] if in_front(leaf, rows) else leaf.shape, leaf.dtype
+        # A number of steps or a size; a timestep that is a float is another in each step.
+        return leaf if isinstance(leaf, (int, str)) else type(leaf)
+
+    return str(tree), tuple(map(kind, leaves))
 
 
 def joined(name: str, given: Sequence[Mapping[str, Any]]) -> Any:
@@ -69,6 +70,8 @@ def joined(name: str, given: Sequence[Mapping[str, Any]]) -> Any:
 def taken_apart(made: Any, samples: Sequence[int]) -> Sequence[Output]:
     """The output of each request, from that of a call for all of them; each has some samples."""
     leaves = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+    if not leaves and isinstance(getattr(made, "sample", None), Tensor):  # an object of its own
+        leaves = [made.sample]
     if not leaves:
         raise CachePassError(f"the model returned a {type(made).__name__}, and no tensor in it")
     split = [_parts(leaf, samples) for leaf in leaves]
@@ -76,10 +79,9 @@ def taken_apart(made: Any, samples: Sequence[int]) -> Sequence[Output]:
 
 
 def _parts(leaf: Tensor, samples: Sequence[int]) -> Sequence[Tensor]:
-    share, rest = divmod(leaf.shape[0] if leaf.ndim else 0, sum(samples))
-    if rest or not share:  # of no row
+    if not in_front(leaf, sum(samples)):
         return [leaf] * len(samples)
-    parts: Sequence[Tensor] = leaf.split([share * count for count in samples])
+    parts: Sequence[Tensor] = leaf.split(list(samples))
     return parts
 
 

@@ -41,18 +41,28 @@ class Kept:
         return (self.value,) if self.scale is None else (self.value, self.scale)
 
 
-def is_one_value(kept: Sequence[Kept | None]) -> bool:
-    """Whether rows remember the same, as one call wrote it or as calls with equal inputs did."""
+def is_one_value(kept: Sequence[Kept | None], *, compared: bool) -> bool:
+    """Whether rows remember the same.
+
+    Args:
+        kept: of each row.
+        compared: whether equal numbers will do (calls with equal inputs wrote them), or only one
+            tensor.
+    """
     values = {id(k.value): k for k in kept if k is not None}
     if len(values) < 2:
         return None not in kept or not values
     first, *others = values.values()
-    return None not in kept and all(
-        # A scale, and what may still be on its way to the host, are not looked at.
-        other.scale is first.scale is None
-        and other.there is first.there is None
-        and torch.equal(other.value, first.value)
-        for other in others
+    return (
+        compared
+        and None not in kept
+        and all(
+            # A scale, and what may still be on its way to the host, are not looked at.
+            other.scale is first.scale is None
+            and other.there is first.there is None
+            and torch.equal(other.value, first.value)
+            for other in others
+        )
     )
 
 
@@ -156,7 +166,8 @@ class Prefetch:
         """A value that was sent for, once; the current stream waits for it, the host does not."""
         found = self._coming.pop(id(kept), None)
         if found is None:
-            self._wanted.pop(id(kept), None)  # it comes too late to be of use
+            if id(kept) in self._wanted:
+                self._pass_over(kept)
             return None
         _, value, event = found
         current = torch.cuda.current_stream(self._device)
@@ -165,6 +176,15 @@ class Prefetch:
         self._ahead -= value.nbytes
         self._send()
         return value
+
+    def _pass_over(self, kept: Kept) -> None:
+        """Go on behind a value: what was wanted before it is not read in this call."""
+        self._coming.clear()
+        self._ahead = 0
+        while next(iter(self._wanted)) != id(kept):
+            self._wanted.pop(next(iter(self._wanted)))
+        self._wanted.pop(id(kept))
+        self._send()
 
 
 @functools.cache

@@ -57,6 +57,7 @@ OPEN = {
 }
 
 
+@pytest.mark.full
 def test_sizes_may_stay_open() -> None:
     two = wan_of(rows=2)
     program = cachepass.export(WAN.model(), two.example(), policy=FIRST_BLOCK, dynamic_shapes=OPEN)

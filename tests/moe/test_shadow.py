@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,43 @@ def test_what_an_expert_calls_is_part_of_its_structure() -> None:
     assert _same(model, shadow)
     layers[0].mlps[1] = Activated(F.relu)
     assert Shadow(model).batched == ["1"], "experts of one layer differ"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: functools.partial(F.gelu, approximate="tanh"),
+        lambda: lambda x: x * torch.sigmoid(x),
+        lambda: nn.GELU(),
+    ],
+    ids=["partial", "lambda", "module"],
+)
+def test_each_expert_may_have_its_own_of_one_kind(act: Callable[[], Any]) -> None:
+    model = Holder(ScoreLoop(build=lambda *_: Activated(act()))).eval()
+    shadow = Shadow(model)
+    assert shadow.batched == ["blocks.0"]
+    assert _same(model, shadow)
+
+
+class Permuted(ScoreLoop):
+    """The gate's scores are of other experts than they say."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order))
+
+    def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weight, index = super().pick(x)
+        order: Any = self.order
+        return weight, order[index]
+
+
+def test_numbers_in_a_buffer_are_part_of_the_structure() -> None:
+    layers = [Permuted([0, 1, 2, 3, 4, 5]), Permuted([1, 0, 3, 2, 5, 4])]
+    model = nn.Sequential(*layers).eval()
+    shadow = Shadow(model)
+    assert shadow.batched == ["0"]
+    assert _same(model, shadow)
 
 
 class Corrected(ScoreLoop):

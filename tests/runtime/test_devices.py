@@ -28,7 +28,6 @@ POLICIES: list[cachepass.NamedPolicy] = [
     cachepass.AdaCache(codebook=((0.1, 4), (0.13, 3), (0.16, 2), (1.0, 1)), motion=False),
     cachepass.TaylorSeer(interval=2, warmup_steps=1),
 ]
-QUICK = [POLICIES[0], *(pytest.param(p, marks=pytest.mark.full) for p in POLICIES[1:])]
 
 
 class Requests:
@@ -86,23 +85,24 @@ def test_rows_that_differ(device: str, policy: cachepass.NamedPolicy) -> None:
     _alike(Requests(device, policy), Requests("cpu", policy), 1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("policy", QUICK, ids=lambda p: p.name)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
 def test_slots_on_the_host_hold_the_same(device: str, policy: cachepass.NamedPolicy) -> None:
     """Pinned, sent for ahead and waited for, where there is a GPU: not a bit is another."""
     _alike(Requests(device, policy, cache_on_host=True), Requests(device, policy), 0.0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_what_is_sent_for_leaves_no_memory_behind(device: str) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_sent_for_leaves_no_memory_behind() -> None:
     """Copies are made on one stream, whose memory is used again."""
-    requests = Requests(device, MIXED, cache_on_host=True)
+    requests = Requests("cuda", MIXED, cache_on_host=True)
     reserved = []
-    for _ in range(4):
+    for _ in range(6):
         requests.sessions = [cachepass.session(requests.model) for _ in range(2)]
         requests.run()
-        reserved.append(torch.cuda.memory_reserved() if device == "cuda" else 0)
-    assert reserved[1:] == reserved[1:2] * 3
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] <= reserved[2]
 
 
 @pytest.mark.full

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from filelock import FileLock
 
 import cachepass
 from cachepass.errors import CachePassError
@@ -22,9 +24,13 @@ Found = dict[str, tuple[Result, Result]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What both ranks did in each scenario; the processes are started once for all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(ranks.work, (str(folder),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]  # torch gives it no types
+    """What both ranks did in each scenario; the processes are started once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            mp.spawn(ranks.work, (str(folder),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]  # torch gives it no types
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     return {name: (first[name], second[name]) for name in SCENARIOS}
 

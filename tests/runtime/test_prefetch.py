@@ -69,13 +69,20 @@ def test_a_value_larger_than_that_comes_alone(
     assert sent == [0, 1]
 
 
-def test_one_that_is_wanted_before_its_turn(
-    sent: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is fetched by who wants it, and not sent for any more."""
+def test_what_is_passed_over_is_let_go(sent: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in an arm that does not run: nothing waits behind it."""
     monkeypatch.setattr(storage, "_AHEAD_BYTES", 1)
-    kept = _kept(3)
+    kept = _kept(4)
     ahead = Prefetch(Storage(), CPU, [(SLOT, k) for k in kept])
+    assert ahead.take(kept[2]) is None
+    assert sent == [0, 3]
+    assert ahead.take(kept[3]) is not None
+    assert not ahead._coming
+    assert not ahead._wanted
+
+
+def test_what_is_not_sent_for_changes_nothing(sent: list[int]) -> None:
+    kept = _kept(2)
+    ahead = Prefetch(Storage(), CPU, [(SLOT, kept[0])])
     assert ahead.take(kept[1]) is None
     assert ahead.take(kept[0]) is not None
-    assert sent == [0, 2]

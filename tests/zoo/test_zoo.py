@@ -18,19 +18,14 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
 )
 
-QUICK = ("ZImageTransformer2DModel",)
-"""Latents in a list, tables built in the first call; each class takes a minute or so."""
-
 
 def test_every_class_of_a_loop_has_an_entry() -> None:
     assert called_in_loops().keys() <= ZOO.keys()
     assert ZOO.keys() <= transformer_classes().keys()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in ZOO],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ZOO)
 def test_a_class(name: str) -> None:
     torch.compiler.reset()
     told = check(ZOO[name], compiled=False)

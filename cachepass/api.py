@@ -171,7 +171,8 @@ def session(model: nn.Module, *, num_inference_steps: int | None = None) -> Sess
 
     Args:
         model: what `compile` returned.
-        num_inference_steps: steps of the request, which some policies need.
+        num_inference_steps: steps of the request as its scheduler counts them,
+            ``len(scheduler.timesteps)``, which some policies need.
     """
     return _denoiser(model).new_session(num_inference_steps)
 
@@ -186,11 +187,15 @@ def rows(model: nn.Module, rows: Sequence[Session | Location]) -> Rows:
 
     A session that is listed goes on by one step for each `with` that it was called in; name the
     step with `Session.row` if it is another. The branch of the rows is that of the
-    `cache_context` around a call, else the call's place in its step.
+    ``model.cache_context("cond")`` around a call, else the call's place in its step.
 
     Args:
         model: what `compile` returned, with ``lowering="regions"``.
         rows: whose each row is, in the order of the batch.
+
+    Raises:
+        SessionError: no rows, one twice, or one of another model; in a call, another number of
+            rows than were listed, or rows of one session at different steps.
     """
     return Rows(_denoiser(model), rows)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 from torch.fx.experimental import _config
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -178,6 +178,14 @@ class CachedModule(OptimizedModule):
             if isinstance(error.inner_exception, CachePassError):
                 raise error.inner_exception from error.inner_exception.__cause__
             raise
+        except FailOnRecompileLimitHit as error:
+            limit = torch._dynamo.config.recompile_limit
+            raise CaptureError(
+                f"{type(self._orig_mod).__name__} was called in as many ways (sizes, options) as "
+                f"torch captures, {limit}, and this is another: compile it with dynamic=True for "
+                "one capture of all sizes, or raise torch._dynamo.config.recompile_limit in the "
+                "thread that calls it"
+            ) from error
         except capture.FAILURES as error:
             raise capture.explain_failure(error, type(self._orig_mod).__name__) from error
 

@@ -4,7 +4,7 @@ A request is a generator. It yields what the calls of its next step are given, b
 guidance, is sent their outputs, and returns its result::
 
     def request(latent, texts, scheduler):
-        for time in scheduler.timesteps:
+        for time in scheduler.timesteps:  # of a scheduler of its own
             given = {"hidden_states": latent, "timestep": time.expand(len(latent))}
             v = yield {b: given | {"encoder_hidden_states": t} for b, t in texts.items()}
             guided = v["uncond"] + 4.0 * (v["cond"] - v["uncond"])
@@ -12,7 +12,7 @@ guidance, is sent their outputs, and returns its result::
         return latent
 
     with Batcher(model, max_rows=4) as batcher:
-        futures = [batcher.submit(request(...), num_inference_steps=50) for _ in range(16)]
+        futures = [batcher.submit(request(...), num_inference_steps=50) for ... in ...]
         latents = [future.result() for future in futures]
 """
 
@@ -97,8 +97,10 @@ class Batcher:
 
     Args:
         model: what `cachepass.compile` returned, with ``lowering="regions"``.
-        max_rows: samples of all requests in a step.
-        max_cache_bytes: what their caches may hold by `cachepass.plan`; None for no limit.
+        max_rows: samples of all requests in a step. A call is of one branch: guidance does not
+            double it.
+        max_cache_bytes: what their caches may hold by `cachepass.plan`; None for no limit. Weights
+            and activations are not counted.
     """
 
     def __init__(
@@ -127,7 +129,12 @@ class Batcher:
         self._thread.start()
 
     def submit(self, request: Request, *, num_inference_steps: int) -> Future[Any]:
-        """Queue a request; the future gives what it returns, or raises what it raised."""
+        """Queue a request; the future gives what it returns, or raises what it raised.
+
+        Args:
+            request: a generator that was not started.
+            num_inference_steps: the most steps it makes, as its scheduler counts them.
+        """
         if not isinstance(request, types.GeneratorType):
             raise CachePassError(
                 f"`request` is a {type(request).__name__}: it must be a generator, which yields "
@@ -259,6 +266,8 @@ class Batcher:
             CachePassError: more than there can be.
         """
         work.samples = _samples(work.given)
+        # The conditional call first: what an unconditional one may stand on.
+        work.given = dict(sorted(work.given.items(), key=lambda item: item[0] != "cond"))
         work.kinds = {branch: kind_of(call) for branch, call in work.given.items()}
         if work.samples > self._max_rows:
             raise CachePassError(

@@ -7,11 +7,14 @@ Prints when each video came and when it was done, and what each of their calls r
 
 from __future__ import annotations
 
+import functools
 import random
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import cachepass
 from cachepass.serve import Batcher, Request
@@ -27,13 +30,12 @@ STEPS = 30
 MAX_ROWS = 4
 
 
-def request(prompt: str, seed: int) -> Request:
+def request(texts: dict[str, Tensor], seed: int) -> Request:
     """One video, from noise to its latent."""
     scheduler: Any = build_scheduler("euler")
     scheduler.set_timesteps(STEPS)
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(1, 16, FRAMES, SIZE // 4, SIZE // 4, generator=generator)
-    texts = {"cond": embed_prompts([prompt]), "uncond": embed_prompts([""])}
     for moment in scheduler.timesteps:
         given = {"hidden_states": latent, "timestep": moment.reshape(1), "return_dict": False}
         v = yield {b: given | {"encoder_hidden_states": text} for b, text in texts.items()}
@@ -52,14 +54,17 @@ def main() -> None:
     def now() -> str:
         return f"{time.perf_counter() - started:6.1f} s"
 
-    def done(prompt: str) -> None:
-        print(f"{now()}  done: {prompt}", flush=True)
+    def done(prompt: str, future: Future[Any]) -> None:
+        error = future.exception()
+        print(f"{now()}  {f'failed, {error!r}' if error else 'done'}: {prompt}", flush=True)
 
     with Batcher(model, max_rows=MAX_ROWS) as batcher:
         for seed, prompt in enumerate(PROMPTS):
             print(f"{now()}  came: {prompt}", flush=True)
-            future = batcher.submit(request(prompt, seed), num_inference_steps=STEPS)
-            future.add_done_callback(lambda _, prompt=prompt: done(prompt))  # type: ignore[misc]
+            # Encoded here: a generator runs in the batcher's thread, and others would wait.
+            texts = {"cond": embed_prompts([prompt]), "uncond": embed_prompts([""])}
+            future = batcher.submit(request(texts, seed), num_inference_steps=STEPS)
+            future.add_done_callback(functools.partial(done, prompt))
             time.sleep(pauses.expovariate(1.0))
     print(cachepass.report(model))
 

@@ -25,6 +25,27 @@ class Chatty(ToyDiT):
         return super().forward(x, t, y)
 
 
+def test_more_sizes_than_torch_captures() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.GELU()) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model = cachepass.compile(Blocks().eval(), policy="compute", inner="eager", dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for tokens in (3, 4):
+            model(torch.randn(1, tokens, 6))
+        with pytest.raises(
+            cachepass.CaptureError, match=r"Blocks was called in as many ways .* captures, 2, and"
+        ):
+            model(torch.randn(1, 5, 6))
+
+
 def test_what_a_model_logs_is_left_out() -> None:
     model = Chatty().eval()
     cached: Any = cachepass.compile(model, policy="compute", inner="eager")

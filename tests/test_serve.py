@@ -121,6 +121,27 @@ def test_rows_share_calls(model: Any, batcher: Batcher, monkeypatch: pytest.Monk
     assert sizes == [3] * 2 * STEPS
 
 
+def test_cfg_is_reused_whatever_is_yielded_first() -> None:
+    """The unconditional rows of a shared call stand on the conditional ones of the step."""
+
+    def uncond_first(work: Request) -> Request:
+        outputs = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                calls = next(work) if outputs is None else work.send(outputs)
+                outputs = yield dict(reversed(list(calls.items())))
+
+    policy = cachepass.Schedule(reuse={2: "cfg"})
+    model: Any = cachepass.compile(WAN.model(), policy=policy, inner="eager")
+    with Batcher(model) as batcher:
+        works = [uncond_first(request(seed)) for seed in range(2)]
+        for future in [batcher.submit(w, num_inference_steps=STEPS) for w in works]:
+            future.result(60)
+    for told in cachepass.report(model).to_dict()["requests"]:
+        reused = [(c["step"], c["branch"]) for c in told["steps"] if c["reused"] != [[]]]
+        assert reused == [(2, "uncond")]
+
+
 def test_threads_may_submit_at_once(model: Any, batcher: Batcher) -> None:
     futures: dict[int, Future[Any]] = {}
 

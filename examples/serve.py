@@ -47,7 +47,7 @@ def request(texts: dict[str, Tensor], seed: int) -> Request:
 def main() -> None:
     """Runs the example."""
     print("compiling at the first calls: one or two minutes ...", flush=True)
-    model: Any = cachepass.compile(load("small"), policy="adacache")
+    model: Any = cachepass.compile(load("small"), policy="mixcache")
     pauses = random.Random(0)
     started = time.perf_counter()
 

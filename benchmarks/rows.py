@@ -265,7 +265,7 @@ def continuous(model: nn.Module, rounds: int, steps: int, progress: Progress) ->
         unit="x throughput",
         at_least=0.95,
     )
-    return Result(figures=[figure], details={"seconds": seconds})
+    return Result(figures=[figure], details={"seconds": seconds, "last_comes_after": last})
 
 
 def _show(status: StatusLine, part: str, text: str) -> None:

@@ -16,7 +16,7 @@ from cachepass.moe.shadow import Shadow
 from cachepass.pass_manager import run_passes
 from cachepass.passes import default_pipeline
 from cachepass.runtime.batch import in_front
-from cachepass.runtime.guidance import latent_among
+from cachepass.runtime.guidance import rows_among
 from cachepass.runtime.plan import Plan
 from cachepass.runtime.policies import AnyPolicy, for_model, resolve
 from cachepass.runtime.storage import Storage
@@ -50,8 +50,7 @@ def plan(
         CaptureError: the call cannot be captured.
     """
     chosen = for_model(resolve(policy, options), model)
-    latent = latent_among((), example_inputs)
-    rows = latent.shape[0] if latent is not None else 1
+    rows = rows_among(example_inputs)
     # As where it is compiled: the number of rows is open, if there are several.
     several = {n: {0: None} for n, v in example_inputs.items() if rows > 1 and in_front(v, rows)}
     with _config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # added late

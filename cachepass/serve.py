@@ -39,7 +39,7 @@ from cachepass.errors import CachePassError
 from cachepass.plan import plan
 from cachepass.runtime.guidance import latent_among
 from cachepass.runtime.plan import Plan
-from cachepass.runtime.session import Session
+from cachepass.runtime.session import Session, check_num_steps
 from cachepass.runtime.shared_call import (
     Kind,
     Output,
@@ -140,8 +140,7 @@ class Batcher:
                 f"`request` is a {type(request).__name__}: it must be a generator, which yields "
                 "the inputs of each step's calls"
             )
-        if num_inference_steps < 1:
-            raise CachePassError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
+        check_num_steps(num_inference_steps)
         work = _Work(request, num_inference_steps)
         with self._changed:
             if self._closed:

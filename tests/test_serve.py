@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 import cachepass
 from cachepass import serve
-from cachepass.serve import Batcher, Request
+from cachepass.serve import Batcher, Branches, Request
 from tests.models import WAN, as_tensor, distance
 from tests.requests import BOTH
 
@@ -48,6 +47,16 @@ def request(
         uncond = v.get("uncond", v["cond"])
         latent = latent - (uncond + 3.0 * (v["cond"] - uncond)) / steps
     return latent
+
+
+def changed(work: Request, change: Callable[[Branches], Branches]) -> Request:
+    """A request that yields something else."""
+    outputs = None
+    try:
+        while True:
+            outputs = yield change(next(work) if outputs is None else work.send(outputs))
+    except StopIteration as end:
+        return end.value
 
 
 def alone(model: Any, work: Request, *, steps: int = STEPS) -> Tensor:
@@ -124,17 +133,13 @@ def test_rows_share_calls(model: Any, batcher: Batcher, monkeypatch: pytest.Monk
 def test_cfg_is_reused_whatever_is_yielded_first() -> None:
     """The unconditional rows of a shared call stand on the conditional ones of the step."""
 
-    def uncond_first(work: Request) -> Request:
-        outputs = None
-        with contextlib.suppress(StopIteration):
-            while True:
-                calls = next(work) if outputs is None else work.send(outputs)
-                outputs = yield dict(reversed(list(calls.items())))
+    def uncond_first(calls: Branches) -> Branches:
+        return dict(reversed(list(calls.items())))
 
     policy = cachepass.Schedule(reuse={2: "cfg"})
     model: Any = cachepass.compile(WAN.model(), policy=policy, inner="eager")
     with Batcher(model) as batcher:
-        works = [uncond_first(request(seed)) for seed in range(2)]
+        works = [changed(request(seed), uncond_first) for seed in range(2)]
         for future in [batcher.submit(w, num_inference_steps=STEPS) for w in works]:
             future.result(60)
     for told in cachepass.report(model).to_dict()["requests"]:
@@ -181,16 +186,13 @@ def test_a_call_that_fails_is_made_alone(
             raise RuntimeError("out of memory")
         return real(*args, **kwargs)
 
-    def poison(work: Request) -> Request:
-        outputs = None
-        while True:
-            calls = next(work) if outputs is None else work.send(outputs)
-            for given in calls.values():
-                given["encoder_hidden_states"][..., 0] = poisoned
-            outputs = yield calls
+    def poison(calls: Branches) -> Branches:
+        for given in calls.values():
+            given["encoder_hidden_states"][..., 0] = poisoned
+        return calls
 
     monkeypatch.setattr(model, "forward", forward)
-    bad = batcher.submit(poison(request(0)), num_inference_steps=STEPS)
+    bad = batcher.submit(changed(request(0), poison), num_inference_steps=STEPS)
     good = batcher.submit(request(1), num_inference_steps=STEPS)
     with pytest.raises(RuntimeError, match="out of memory"):
         bad.result(60)
@@ -431,16 +433,12 @@ def test_what_keeps_requests_apart_is_told_and_planned_once(
         planned.append(args)
         return cachepass.plan(*args, **options)
 
-    def shared(work: Request) -> Request:
-        outputs = None
-        with contextlib.suppress(StopIteration):
-            while True:
-                calls = next(work) if outputs is None else work.send(outputs)
-                outputs = yield {b: {**g, "timestep": g["timestep"][:1]} for b, g in calls.items()}
+    def shared(calls: Branches) -> Branches:
+        return {b: {**given, "timestep": given["timestep"][:1]} for b, given in calls.items()}
 
     monkeypatch.setattr(serve, "plan", plan)
     with Batcher(model, max_rows=4, max_cache_bytes=10**6) as batcher:
-        works = [shared(request(seed, steps=3, samples=2)) for seed in range(2)]
+        works = [changed(request(seed, steps=3, samples=2), shared) for seed in range(2)]
         for future in [batcher.submit(work, num_inference_steps=3) for work in works]:
             future.result(60)
     assert len(planned) == 1

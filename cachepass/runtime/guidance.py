@@ -34,6 +34,12 @@ def latent_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
     return None
 
 
+def rows_among(kwargs: Mapping[str, Any]) -> int:
+    """The rows of a call: those of its latent, one if it has none."""
+    latent = latent_among((), kwargs)
+    return latent.shape[0] if latent is not None else 1
+
+
 def halves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Arguments, Arguments] | None:
     """The arguments of the first and of the second half of the rows.
 

@@ -67,6 +67,12 @@ ENTERED: contextvars.ContextVar[tuple[Location, ...]] = contextvars.ContextVar(
 )
 
 
+def check_num_steps(num_inference_steps: int | None) -> None:
+    """Refuse a request without steps."""
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise SessionError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
+
+
 class Session:
     """The state of one request on one model. Made by `cachepass.session`.
 
@@ -74,8 +80,7 @@ class Session:
     """
 
     def __init__(self, owner: object, num_inference_steps: int | None = None) -> None:
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise SessionError(f"`num_inference_steps`={num_inference_steps}: must be at least 1")
+        check_num_steps(num_inference_steps)
         self.owner = owner
         self.num_steps = num_inference_steps
         self.slots: dict[Key, Kept] = {}

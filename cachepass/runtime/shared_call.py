@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from cachepass.errors import CachePassError
 from cachepass.runtime.batch import in_front
-from cachepass.runtime.guidance import latent_among
+from cachepass.runtime.guidance import rows_among
 
 Output = Any
 """Of a request's call: a tensor, or a tuple of them where the model returns several."""
@@ -23,7 +23,7 @@ Kind = tuple[tuple[str, object], ...]
 
 def kind_of(given: Mapping[str, Any]) -> Kind:
     """Of a call."""
-    rows = _rows(given)
+    rows = rows_among(given)
     found: list[tuple[str, object]] = []
     for name, value in sorted(given.items()):
         if in_front(value, rows):
@@ -48,7 +48,7 @@ def why_apart(kinds: Iterable[Kind]) -> str:
 def shapes_of(given: Mapping[str, Any]) -> object:
     """Equal for calls whose rows hold as much."""
     leaves, tree = tree_flatten(dict(sorted(given.items())))
-    rows = _rows(given)
+    rows = rows_among(given)
 
     def kind(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
@@ -62,7 +62,7 @@ def shapes_of(given: Mapping[str, Any]) -> object:
 def joined(name: str, given: Sequence[Mapping[str, Any]]) -> Any:
     """One argument of a call, from those of calls of one kind."""
     first = given[0][name]
-    if len(given) == 1 or not in_front(first, _rows(given[0])):
+    if len(given) == 1 or not in_front(first, rows_among(given[0])):
         return first
     return torch.cat([g[name] for g in given])
 
@@ -83,8 +83,3 @@ def _parts(leaf: Tensor, samples: Sequence[int]) -> Sequence[Tensor]:
         return [leaf] * len(samples)
     parts: Sequence[Tensor] = leaf.split(list(samples))
     return parts
-
-
-def _rows(given: Mapping[str, Any]) -> int:
-    latent = latent_among((), given)
-    return latent.shape[0] if latent is not None else 1

@@ -25,7 +25,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full bench bench-rows bench-moe coverage-models frontier peers lint types format
+.PHONY: help demo test test-full bench bench-gpu bench-rows bench-moe coverage-models frontier peers lint types format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test-full: $(READY) ## every test, with the large compiled matrices
 
 bench: $(READY) ## measure speed and quality
 	$(PY) -m benchmarks.bench
+
+bench-gpu: $(READY) ## measure a real model's calls, where there is a GPU: some minutes
+	$(PY) -m benchmarks.gpu
 
 bench-rows: $(READY) ## measure decisions for each row and continuous batching: half an hour
 	$(PY) -m benchmarks.rows

@@ -157,8 +157,11 @@ def measure_nucleus(rounds: int, progress: Progress) -> Result:
 
 
 def measure_gpu(rounds: int, progress: Progress) -> Result:
-    """One grouped linear layer in bfloat16, of the sizes of HiDream and of many small experts."""
-    from cachepass.moe.triton_kernel import TILE_COLUMNS, triton_grouped_linear
+    """One grouped linear layer in bfloat16, of the sizes of HiDream and of many small experts.
+
+    The rows of a layer's first product are gathered on the way, those of its second are sorted.
+    """
+    from cachepass.moe.triton_kernel import CHOICES, triton_grouped_linear
 
     figures: list[Figure] = []
     samples: dict[str, Any] = {}
@@ -174,20 +177,38 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
         heavy[0] = choices - experts + 1
         few = torch.zeros(experts, dtype=torch.int64)
         few[:: max(2, experts // 4)] = choices // len(few[:: max(2, experts // 4)])
-        loads = {"balanced": (even, 0.9), "one heavy": (heavy, 0.75), "many empty": (few, None)}
+        drawn = torch.randint(experts, (choices,)).bincount(minlength=experts)
+        loads = {
+            "balanced": (even, 0.9),
+            "one heavy": (heavy, 0.75),
+            "many empty": (few, None),
+            "at random": (drawn, None),
+        }
         for load, (sizes, target) in loads.items():
             offsets = sizes.cumsum(0).to(device="cuda", dtype=torch.int32)
             rows = torch.randperm(choices, device="cuda")
             gathered = x[rows]
+            kernel = functools.partial(
+                triton_grouped_linear, offsets=offsets, weights=weights, biases=[]
+            )
+
+            def gathers_first(
+                x: Tensor = x,
+                rows: Tensor = rows,
+                stacked: Tensor = stacked,
+                offsets: Any = offsets,
+            ) -> Tensor:
+                return F.grouped_mm(x.index_select(0, rows), stacked, offs=offsets)
+
             subjects: dict[str, Callable[[], Tensor]] = {
                 "dense": functools.partial(F.linear, gathered, weights[0]),
                 "grouped_mm": functools.partial(F.grouped_mm, gathered, stacked, offs=offsets),
-                "kernel": functools.partial(triton_grouped_linear, x, rows, offsets, weights, []),
+                "gathered, grouped_mm": gathers_first,
+                "sorted": functools.partial(kernel, gathered, None),
+                "kernel": functools.partial(kernel, x, rows),
             }
-            for across in TILE_COLUMNS:
-                subjects[f"tiles of {across}"] = functools.partial(
-                    triton_grouped_linear, x, rows, offsets, weights, [], across
-                )
+            for tiles in CHOICES[:-1]:
+                subjects[_named(tiles)] = functools.partial(kernel, x, rows, tiles=tiles)
             timed = {name: functools.partial(_waited, call) for name, call in subjects.items()}
             what = f"{experts} experts, {width} to {columns}, {load}"
             progress(what)
@@ -203,22 +224,39 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
                     note=f"error {error:.0e}",
                 ),
                 Figure(
-                    name=f"{what}: grouped_mm / kernel",
-                    estimate=ratio(seconds["grouped_mm"], seconds["kernel"]),
+                    name=f"{what}: dense / kernel, rows sorted",
+                    estimate=ratio(seconds["dense"], seconds["sorted"]),
+                    unit="x",
+                    at_least=target,
+                ),
+                Figure(
+                    name=f"{what}: gathered, then grouped_mm / kernel",
+                    estimate=ratio(seconds["gathered, grouped_mm"], seconds["kernel"]),
+                    unit="x",
+                    at_least=1.0,
+                ),
+                Figure(
+                    name=f"{what}: grouped_mm / kernel, rows sorted",
+                    estimate=ratio(seconds["grouped_mm"], seconds["sorted"]),
                     unit="x",
                     at_least=1.0,
                 ),
                 *(
                     Figure(
-                        name=f"{what}: the same in tiles of {across} columns / kernel",
-                        estimate=ratio(seconds[f"tiles of {across}"], seconds["kernel"]),
+                        name=f"{what}: {_named(tiles)} / as chosen",
+                        estimate=ratio(seconds[_named(tiles)], seconds["kernel"]),
                         unit="x",
                     )
-                    for across in TILE_COLUMNS
+                    for tiles in CHOICES[:-1]
                 ),
             ]
     device = torch.cuda.get_device_name()
     return Result(figures=figures, details={"device": device, "seconds": samples})
+
+
+def _named(tiles: Any) -> str:
+    fetched = "blocks" if tiles.blocks else "pointers"
+    return f"{tiles.columns} columns, {fetched}, {tiles.stages} stages"
 
 
 def _waited(call: Callable[[], Tensor], times: int = 10) -> None:
@@ -230,6 +268,7 @@ def _waited(call: Callable[[], Tensor], times: int = 10) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=__doc__)
+    parser.add_argument("--only", default=",".join(TITLES), metavar="A,B", help="parts")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/moe.json"))
     options = parser.parse_args(arguments)
@@ -243,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts["gpu"] = measure_gpu
     status = StatusLine()
     for part, measure in parts.items():
+        if part not in options.only.split(","):
+            continue
         started = time.perf_counter()
         with torch.no_grad():
             result = measure(options.rounds, status.update)

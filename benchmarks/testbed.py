@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import cachepass
+from cachepass.capture import ISOLATED
 from cachepass.runtime.policies import MixCache, Schedule
 from cachepass.runtime.policies.adacache import AdaCache
 from cachepass.runtime.policies.firstblock import FirstBlock
@@ -57,7 +58,7 @@ def plain(model: nn.Module) -> Any:
     Isolated: a second model of the same class would otherwise run the first one's
     compiled code, or stand behind it in line, and each is to run as if it were alone.
     """
-    return torch.compile(model, isolate_recompiles=True)  # type: ignore[call-overload]
+    return torch.compile(model, **ISOLATED)
 
 
 class Call(Protocol):

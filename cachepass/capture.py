@@ -25,6 +25,14 @@ from cachepass.record import Recording, record, record_or_none
 FAILURES = (Unsupported, UserError)
 """What dynamo raises for a call that it cannot capture."""
 
+_COMPILE = inspect.signature(torch.compile).parameters
+ISOLATED: Mapping[str, Any] = dict.fromkeys({"isolate_recompiles"} & _COMPILE.keys(), True)
+"""For `torch.compile`: two models of equal config would share dynamo's entries otherwise.
+
+torch 2.11 does not know the argument: it tells them apart by their backends alone, and counts their
+recompiles together.
+"""
+
 _LOGGING = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})
 _ARITHMETIC = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "pow", "rsub"})
 
@@ -152,7 +160,7 @@ def capture_call(
     fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
     recorded: Recording | None = None
     marked = "_is_torch_compile" in vars(model)
-    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload]
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True, **ISOLATED)
     try:
         with torch.no_grad(), fixed:
             try:

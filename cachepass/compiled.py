@@ -86,14 +86,8 @@ class CachedModule(OptimizedModule):
         parameters = tuple(inspect.signature(model.forward).parameters)
         backend = backend_of(denoiser, lower_to, inner, dump, parameters)
         marked = "_is_torch_compile" in vars(model)
-        # Isolated: two models of equal config would share dynamo's entries otherwise, and
-        # weights are inputs of the graph.
         capturing = functools.partial(
-            torch.compile,
-            backend=backend,
-            fullgraph=True,
-            dynamic=dynamic,
-            isolate_recompiles=True,
+            torch.compile, backend=backend, fullgraph=True, dynamic=dynamic, **capture.ISOLATED
         )
         shadow = Shadow(model)
         compiled: Any = capturing(shadow.module)

@@ -24,6 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cachepass.errors import CachePassError
+
+MOST_EXPERTS = 1024
+"""What the kernel's task map holds: a program looks at all of it at once."""
+
 PACK_BELOW = 128
 """Rows for each expert, on average, from which on a packed copy gains nothing on a CPU."""
 
@@ -87,6 +92,7 @@ def _grouped_linear(
     """
     choices = x.shape[0] if rows is None else rows.shape[0]
     if x.is_cuda and _kernel_takes(x, weights, biases):
+        check_map(len(weights))
         # Triton is there on a machine with CUDA alone.
         from cachepass.moe.triton_kernel import triton_grouped_linear
 
@@ -129,6 +135,15 @@ def _kernel_takes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     alike = all(w.stride() == weights[0].stride() for w in weights)
     dense = all(b.is_contiguous() for b in biases)
     return there and alike and dense and x.dtype in dtypes and _has_triton()
+
+
+def check_map(experts: int) -> None:
+    """Refuse more experts than the kernel's task map holds."""
+    if experts > MOST_EXPERTS:
+        raise CachePassError(
+            f"a layer has {experts} routed experts: the task map of the kernel holds at most "
+            f"{MOST_EXPERTS}. Split the layer in two, or run it on a CPU, which needs no map"
+        )
 
 
 @functools.cache

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachepass.errors import CachePassError
 from cachepass.moe import grouped
-from cachepass.moe.grouped import combine, grouped_linear, route
+from cachepass.moe.grouped import MOST_EXPERTS, check_map, combine, grouped_linear, route
 from tests.models import distance
 
 EXPERTS, DIM, HIDDEN = 8, 16, 24
@@ -128,3 +129,12 @@ def test_what_cannot_be_packed_is_read_in_place() -> None:
     rows, offsets, _ = route(index, EXPERTS)
     with torch.inference_mode():
         assert grouped_linear(x, rows, offsets, weights, []).shape == (80, HIDDEN)
+
+
+def test_more_experts_than_the_map_holds() -> None:
+    check_map(MOST_EXPERTS)
+    with pytest.raises(
+        CachePassError,
+        match=r"has 1025 routed experts: the task map of the kernel holds at most 1024\. Split",
+    ):
+        check_map(MOST_EXPERTS + 1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from cachepass.moe.grouped import route
-from cachepass.moe.triton_kernel import TILE_COLUMNS, triton_grouped_linear
+from cachepass.moe.triton_kernel import CHOICES, triton_grouped_linear
 
 torch.manual_seed(0)
 EXPERTS, INNER, COLUMNS = 6, 40, 136  # neither is a multiple of a tile
@@ -28,6 +28,7 @@ LOADS = {
     "empty": [0, 5, 0, 17, 60, 0],
     "single rows": [1] * 6,
     "heights": [16, 17, 33, 65, 129, 0],
+    "rests": [144, 160, 192, 224, 256, 290],
 }
 for name, sizes in LOADS.items():
     flat = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
@@ -46,10 +47,13 @@ for name, sizes in LOADS.items():
         again = triton_grouped_linear(x[rows], None, offsets, weights, biases)
         assert torch.equal(again, got), name
         apart = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
-        for across in TILE_COLUMNS:  # weights that start where 16 bytes do not
-            for given in (weights, apart):
-                again = triton_grouped_linear(x, rows, offsets, given, biases, across)
-                assert torch.equal(again, got), (name, across)
+        for tiles in CHOICES:
+            for given in (weights, apart):  # some start where 16 bytes do not
+                if given is weights or not tiles.blocks:
+                    again = triton_grouped_linear(x, rows, offsets, given, biases, tiles)
+                    assert torch.equal(again, got), (name, tiles)
+            again = triton_grouped_linear(x[rows], None, offsets, weights, biases, tiles)
+            assert torch.equal(again, got), (name, tiles)
 print("equal")
 """
 

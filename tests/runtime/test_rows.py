@@ -186,7 +186,10 @@ def test_rows_that_compute_are_gathered() -> None:
     flops = []
     for together in (requests, requests):
         with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True, record_shapes=True
+            activities=[torch.profiler.ProfilerActivity.CPU],
+            with_flops=True,
+            record_shapes=True,
+            acc_events=True,
         ) as seen:
             step_together(model, together)
         flops.append(sum(event.flops for event in seen.key_averages()))

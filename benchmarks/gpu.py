@@ -1,7 +1,7 @@
 """What a cache costs and saves on a GPU, at the size of a real model: `make bench-gpu`.
 
-Wan 2.1 1.3B in bfloat16 with random weights, which take as long as trained ones; what a policy
-would decide is not asked, the calls that reuse are given. (call) One call of a video of 81 frames
+Wan 2.1 1.3B in bfloat16 with random weights, which take as long as trained ones. A fixed schedule
+says what is reused: no policy is measured. (call) One call of a video of 81 frames
 at 480 x 832, cachepass without a cache against plain torch.compile. (reuse) The calls of a
 schedule, with values on the GPU and on the host, against one that computes everything; what slots
 take, against the plan. (rows) Four videos of 17 frames in one call, of which one computes.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import cachepass
 from benchmarks.figures import Figure, Result, keep, table
-from benchmarks.sampling import interleave, median, ratio
+from benchmarks.sampling import Estimate, interleave, median, ratio
 from benchmarks.testbed import Progress, plain
 from examples.shapes.progress import StatusLine
 
@@ -41,14 +42,9 @@ def wan(device: str = "cuda") -> Any:
     """Wan 2.1 1.3B, in the dtypes that `from_pretrained(torch_dtype=torch.bfloat16)` gives it."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = WanTransformer3DModel(
+        model: Any = WanTransformer3DModel(
             num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30
         )
-    return in_bfloat16(model)
-
-
-def in_bfloat16(model: Any) -> Any:
-    """But for what the model wants to stay in float32."""
     for name, parameter in model.named_parameters():
         if not any(kept in name for kept in model._keep_in_fp32_modules):
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -142,16 +138,31 @@ def measure_reuse(model: Any, rounds: int, progress: Progress) -> Result:
                     note=f"{1e3 * median(warm[at::period]).value:.1f} ms",
                 )
             )
-        same = median([taken / planned])
+        share = taken / planned  # the same in each run
         figures.append(
             Figure(
                 name=f"bytes of slots {where} / of the plan",
-                estimate=same,
+                estimate=Estimate(value=share, low=share, high=share),
                 at_most=1.0,
                 note=f"{taken / 1e9:.2f} GB",
             )
         )
     return Result(figures=figures, details=details)
+
+
+def _in_turn(
+    cached: Any, given: Mapping[str, Tensor], videos: Sequence[cachepass.Session], computes: int
+) -> Iterator[None]:
+    """Calls of several videos: in the first all compute, in the next ones the first few do."""
+    for step in itertools.count(0, 2):
+        listed = [
+            video.row(branch="cond", step=step + (step > 0 and row >= computes))
+            for row, video in enumerate(videos)
+        ]
+        with cachepass.rows(cached, listed):
+            cached(**given, return_dict=False)
+        torch.cuda.synchronize()
+        yield
 
 
 def measure_rows(model: Any, rounds: int, progress: Progress) -> Result:
@@ -160,21 +171,14 @@ def measure_rows(model: Any, rounds: int, progress: Progress) -> Result:
     steps = 2 * (rounds + 3)
     schedule = cachepass.Schedule(reuse=dict.fromkeys(range(1, steps, 2), "stack"))
     cached: Any = cachepass.compile(model, policy=schedule)
-
-    def call(computes: int, step: int) -> float:
-        listed = [
-            session.row(branch="cond", step=step + (row >= computes))
-            for row, session in enumerate(sessions)
-        ]
-        with cachepass.rows(cached, listed):
-            return timed(functools.partial(cached, **given, return_dict=False))
-
-    seconds: dict[str, list[float]] = {"all": [], "one": [], "none": []}
+    subjects: dict[str, Callable[[], object]] = {}
     for name, computes in (("all", ROWS), ("one", 1), ("none", 0)):
-        sessions = [cachepass.session(cached, num_inference_steps=steps) for _ in range(ROWS)]
         progress(f"{name} of {ROWS} computes")
-        call(ROWS, 0)
-        seconds[name] = [call(computes, 2 * i) for i in range(1, rounds + 3)][2:]
+        videos = [cachepass.session(cached, num_inference_steps=steps) for _ in range(ROWS)]
+        subjects[name] = functools.partial(next, _in_turn(cached, given, videos, computes))
+        subjects[name]()
+    interleave(subjects, 2)
+    seconds = interleave(subjects, rounds, progress)
     figures = [
         Figure(
             name="one of four computes / all",
@@ -193,15 +197,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", default=",".join(TITLES), metavar="A,B", help="parts")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    if unknown := [part for part in only if part not in TITLES]:
+        parser.error(f"no part {', '.join(unknown)}: choose from {','.join(TITLES)}")
     if not torch.cuda.is_available():
         parser.exit(1, "there is no GPU that torch can see: these figures are of one\n")
     parts = {"call": measure_call, "reuse": measure_reuse, "rows": measure_rows}
     model = wan()
     status = StatusLine()
-    for part in options.only.split(","):
+    for part in only:
         started = time.perf_counter()
         with torch.no_grad():
             result = parts[part](model, options.rounds, functools.partial(_show, status, part))

@@ -27,6 +27,7 @@ from benchmarks.sampling import interleave, median, ratio
 from benchmarks.testbed import Progress
 from cachepass.moe.grouped import grouped_linear
 from cachepass.moe.shadow import Shadow
+from cachepass.moe.tiles import Tiles, fitting
 from examples.shapes.progress import StatusLine
 
 TOKENS, K, HIDDEN = 1024, 2, 256
@@ -161,7 +162,7 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
 
     The rows of a layer's first product are gathered on the way, those of its second are sorted.
     """
-    from cachepass.moe.triton_kernel import CHOICES, triton_grouped_linear
+    from cachepass.moe.triton_kernel import triton_grouped_linear
 
     figures: list[Figure] = []
     samples: dict[str, Any] = {}
@@ -176,7 +177,8 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
         heavy = torch.ones(experts, dtype=torch.int64)
         heavy[0] = choices - experts + 1
         few = torch.zeros(experts, dtype=torch.int64)
-        few[:: max(2, experts // 4)] = choices // len(few[:: max(2, experts // 4)])
+        used = few[:: max(2, experts // 4)]
+        used.fill_(choices // len(used))
         drawn = torch.randint(experts, (choices,)).bincount(minlength=experts)
         loads = {
             "balanced": (even, 0.9),
@@ -207,12 +209,15 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
                 "sorted": functools.partial(kernel, gathered, None),
                 "kernel": functools.partial(kernel, x, rows),
             }
-            for tiles in CHOICES[:-1]:
+            others = fitting(x, weights, aligned=True, gathers=True)[1:]
+            for tiles in others:
                 subjects[_named(tiles)] = functools.partial(kernel, x, rows, tiles=tiles)
             timed = {name: functools.partial(_waited, call) for name, call in subjects.items()}
             what = f"{experts} experts, {width} to {columns}, {load}"
             progress(what)
-            error = _error(subjects["kernel"](), subjects["grouped_mm"]())
+            exact = subjects["grouped_mm"]()
+            error = max(_error(subjects[name](), exact) for name in ("kernel", "sorted"))
+            interleave(timed, 1)  # compiles
             seconds = interleave(timed, rounds)
             samples[what] = seconds
             figures += [
@@ -247,15 +252,15 @@ def measure_gpu(rounds: int, progress: Progress) -> Result:
                         estimate=ratio(seconds[_named(tiles)], seconds["kernel"]),
                         unit="x",
                     )
-                    for tiles in CHOICES[:-1]
+                    for tiles in others
                 ),
             ]
     device = torch.cuda.get_device_name()
     return Result(figures=figures, details={"device": device, "seconds": samples})
 
 
-def _named(tiles: Any) -> str:
-    fetched = "blocks" if tiles.blocks else "pointers"
+def _named(tiles: Tiles) -> str:
+    fetched = "blocks" if tiles.by_tma else "pointers"
     return f"{tiles.columns} columns, {fetched}, {tiles.stages} stages"
 
 
@@ -272,6 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/moe.json"))
     options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    if unknown := [part for part in only if part not in TITLES]:
+        parser.error(f"no part {', '.join(unknown)}: choose from {','.join(TITLES)}")
     torch.manual_seed(0)
     parts: dict[str, Callable[[int, Progress], Result]] = {
         "cpu": functools.partial(measure_layers, compiled=False),
@@ -282,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts["gpu"] = measure_gpu
     status = StatusLine()
     for part, measure in parts.items():
-        if part not in options.only.split(","):
+        if part not in only:
             continue
         started = time.perf_counter()
         with torch.no_grad():

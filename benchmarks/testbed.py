@@ -55,8 +55,8 @@ def cut(model: nn.Module, blocks: int) -> nn.Module:
 def plain(model: nn.Module) -> Any:
     """`torch.compile` as it comes.
 
-    Isolated: a second model of the same class would otherwise run the first one's
-    compiled code, or stand behind it in line, and each is to run as if it were alone.
+    Isolated, where torch can: a second model of the same class would otherwise run the first
+    one's compiled code, or stand behind it in line, and each is to run as if it were alone.
     """
     return torch.compile(model, **ISOLATED)
 

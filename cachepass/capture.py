@@ -25,12 +25,12 @@ from cachepass.record import Recording, record, record_or_none
 FAILURES = (Unsupported, UserError)
 """What dynamo raises for a call that it cannot capture."""
 
-_COMPILE = inspect.signature(torch.compile).parameters
-ISOLATED: Mapping[str, Any] = dict.fromkeys({"isolate_recompiles"} & _COMPILE.keys(), True)
-"""For `torch.compile`: two models of equal config would share dynamo's entries otherwise.
+_KNOWN = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+ISOLATED: Mapping[str, Any] = {"isolate_recompiles": True} if _KNOWN else {}
+"""For `torch.compile`: models of one class would share dynamo's entries otherwise.
 
-torch 2.11 does not know the argument: it tells them apart by their backends alone, and counts their
-recompiles together.
+torch 2.11 does not know the argument. It tells them apart by their backends, and counts the
+captures of all of them together.
 """
 
 _LOGGING = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})

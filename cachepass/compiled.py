@@ -174,11 +174,12 @@ class CachedModule(OptimizedModule):
             raise
         except FailOnRecompileLimitHit as error:
             limit = torch._dynamo.config.recompile_limit
+            shared = "" if capture.ISOLATED else " (this torch counts all models of a class as one)"
             raise CaptureError(
                 f"{type(self._orig_mod).__name__} was called in as many ways (sizes, options) as "
-                f"torch captures, {limit}, and this is another: compile it with dynamic=True for "
-                "one capture of all sizes, or raise torch._dynamo.config.recompile_limit in the "
-                "thread that calls it"
+                f"torch captures, {limit}{shared}, and this is another: compile it with "
+                "dynamic=True for one capture of all sizes, or raise "
+                "torch._dynamo.config.recompile_limit in the thread that calls it"
             ) from error
         except capture.FAILURES as error:
             raise capture.explain_failure(error, type(self._orig_mod).__name__) from error

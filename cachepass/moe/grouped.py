@@ -7,8 +7,9 @@ it looks at data, so it is held whole. How the product is computed depends on wh
 - CPU: one product after another, over the experts that have rows. Where they have few, most of
   the time would go into laying weights out for the product: then a packed copy is used, which is
   kept. `torch.nn.functional.grouped_mm` does the same there, for empty experts too (docs/moe.md).
-- CUDA: the Triton kernel, which reads the weights through a list of pointers. Without Triton,
-  `grouped_mm` on a packed copy.
+- CUDA: the Triton kernel, which reads the weights through a list of pointers. Without Triton, or
+  where weights lie in several ways, `grouped_mm` on a packed copy; where that does not take them
+  either, one product after another.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MOST_EXPERTS = 1024
 PACK_BELOW = 128
 """Rows for each expert, on average, from which on a packed copy gains nothing on a CPU."""
 
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SAMPLES = 8
 
 
@@ -91,8 +93,7 @@ def _grouped_linear(
         biases: (out,) for each expert, or none.
     """
     choices = x.shape[0] if rows is None else rows.shape[0]
-    if x.is_cuda and _kernel_takes(x, weights, biases):
-        check_map(len(weights))
+    if x.is_cuda and _has_triton() and kernel_takes(x, rows, offsets, weights, biases):
         # Triton is there on a machine with CUDA alone.
         from cachepass.moe.triton_kernel import triton_grouped_linear
 
@@ -128,22 +129,30 @@ grouped_linear = torch.ops.cachepass.grouped_linear.default
 """As a graph calls it."""
 
 
-def _kernel_takes(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> bool:
-    """Whether all that the kernel reads through bare pointers is what it takes it for."""
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    there = all(t.dtype == x.dtype and t.device == x.device for t in (*weights, *biases))
-    alike = all(w.stride() == weights[0].stride() for w in weights)
-    dense = all(b.is_contiguous() for b in biases)
-    return there and alike and dense and x.dtype in dtypes and _has_triton()
+def kernel_takes(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> bool:
+    """Whether all that the kernel reads through bare pointers is what it takes it for.
 
-
-def check_map(experts: int) -> None:
-    """Refuse more experts than the kernel's task map holds."""
-    if experts > MOST_EXPERTS:
+    Raises:
+        CachePassError: more experts than its task map holds.
+    """
+    if len(weights) > MOST_EXPERTS:
         raise CachePassError(
-            f"a layer has {experts} routed experts: the task map of the kernel holds at most "
+            f"a layer has {len(weights)} routed experts: the task map of the kernel holds at most "
             f"{MOST_EXPERTS}. Split the layer in two, or run it on a CPU, which needs no map"
         )
+    first, indices = weights[0], [offsets] if rows is None else [offsets, rows]
+    alike = all(w.shape == first.shape and w.stride() == first.stride() for w in weights)
+    same = all(t.dtype == x.dtype and t.device == x.device for t in (*weights, *biases))
+    dense = all(t.is_contiguous() for t in (*biases, *indices))
+    there = all(t.device == x.device for t in indices) and offsets.dtype == torch.int32
+    near = max(x.stride(-1), first.stride(-1)) * first.shape[1] < 2**31  # along a row it counts so
+    return alike and same and dense and there and near and x.dtype in _KERNEL_DTYPES
 
 
 @functools.cache

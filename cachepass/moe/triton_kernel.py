@@ -6,8 +6,8 @@ So one launch serves every load, and an empty expert costs nothing. Rows of `x` 
 their index, never permuted in memory, and weights are read where they lie, through a list of
 pointers: no stacked copy.
 
-Each program computes the map for itself, from where the rows of experts end. Computed before the
-launch, by a dozen of small operations, it took as long as the products of 64 experts.
+Each program computes the map for itself, from where the rows of experts end: an operation before
+the launch would take longer than that.
 """
 
 from __future__ import annotations
@@ -17,44 +17,16 @@ import contextvars
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from cachepass.moe.tiles import Tiles, fitting
 
 _INTERPRETED_PROGRAMS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How the work is cut, and how it is fetched."""
-
-    columns: int
-    """Of a tile. Its rows are 128; of the last tile of an expert, as few as hold its rows."""
-
-    stages: int
-    """Of the pipeline between memory and products."""
-
-    blocks: bool
-    """Whether weights, and rows that are sorted, are fetched as blocks, by the tensor memory
-    accelerator of Hopper and later. Then the first of a tile are on their way while the tile before
-    is written."""
-
-    shared: int
-    """Bytes of shared memory that this takes, as compiled for sm_90."""
-
-
-CHOICES = (
-    Tiles(columns=256, stages=4, blocks=True, shared=229_408),
-    Tiles(columns=256, stages=4, blocks=False, shared=196_608),
-    Tiles(columns=256, stages=3, blocks=False, shared=147_456),
-    Tiles(columns=128, stages=4, blocks=True, shared=163_872),
-    Tiles(columns=128, stages=3, blocks=False, shared=98_304),
-    Tiles(columns=128, stages=2, blocks=False, shared=65_536),
-)
-"""The first that fits is taken."""
 
 
 def triton_grouped_linear(
@@ -75,22 +47,48 @@ def triton_grouped_linear(
         biases: as there.
         tiles: chosen by device and layout if None.
     """
-    columns, inner = weights[0].shape
     choices = x.shape[0] if rows is None else rows.shape[0]
-    out = x.new_empty(choices, columns)
-    tiles = tiles or _tiles_for(x, weights)
-    programs = _programs(x.device)
+    out = x.new_empty(choices, weights[0].shape[0])
+    pointers = tuple(weight.data_ptr() for weight in weights)
+    aligned = all(pointer % 16 == 0 for pointer in pointers)
+    launch = functools.partial(_launch, out, x, rows, offsets, weights, pointers, biases, aligned)
+    if tiles is not None:
+        launch(tiles)
+        return out
+    *first, last = fitting(x, weights, aligned=aligned, gathers=rows is not None)
+    for tiles in first:
+        # Shared memory was counted for one architecture and Triton: another may need more.
+        with contextlib.suppress(OutOfResources):
+            launch(tiles)
+            return out
+    launch(last)
+    return out
+
+
+def _launch(
+    out: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    pointers: tuple[int, ...],
+    biases: Sequence[Tensor],
+    aligned: bool,
+    tiles: Tiles,
+) -> None:
+    columns, inner = weights[0].shape
     inner_tile = 128 // x.element_size()
-    launch = functools.partial(
+    programs = _programs(x.device)
+    run = functools.partial(
         _kernel[(programs,)],
         x,
         rows if rows is not None else offsets,  # not looked at without rows
-        _pointers(weights, x.device),
-        _pointers(biases, x.device) if biases else offsets,
+        _addresses(pointers, x.device),
+        _addresses(tuple(b.data_ptr() for b in biases), x.device) if biases else offsets,
         out,
         offsets,
         len(weights),
-        choices,
+        out.shape[0],
         columns,
         inner,
         x.stride(0),
@@ -101,8 +99,9 @@ def triton_grouped_linear(
         entries=max(2, triton.next_power_of_2(len(weights))),
         gathers=rows is not None,
         biased=bool(biases),
-        aligned=_aligned(weights),
-        blocks=tiles.blocks,
+        aligned=aligned,
+        transposed=weights[0].stride(0) == 1,
+        by_tma=tiles.by_tma,
         even=inner % inner_tile == 0,
         columns_tile=tiles.columns,
         inner_tile=inner_tile,
@@ -111,55 +110,27 @@ def triton_grouped_linear(
     )
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        contextvars.copy_context().run(_with_room, launch)
-    return out
+        if tiles.by_tma:
+            contextvars.copy_context().run(_with_allocator, run, x.device)
+        else:
+            run()
 
 
-def _with_room(launch: functools.partial[None]) -> None:
-    """Triton asks for memory to describe blocks in; who asks elsewhere is not to notice."""
+def _with_allocator(run: functools.partial[None], device: torch.device) -> None:
+    """Descriptors that a kernel makes lie in memory that Triton asks an allocator for.
+
+    To be called in a copy of the context: an allocator that somebody else has set stays.
+    """
     triton.set_allocator(
-        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
     )
-    launch()
-
-
-def _pointers(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Addresses on the device; kept as long as the tensors are where they are."""
-    return _addresses(tuple(tensor.data_ptr() for tensor in tensors), device)
+    run()
 
 
 @functools.lru_cache(maxsize=1024)
 def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    """On the device; kept as long as the tensors are where they are."""
     return torch.tensor(pointers, dtype=torch.int64, device=device)
-
-
-def _aligned(weights: Sequence[Tensor]) -> bool:
-    """Whether 16 bytes can be loaded at a time."""
-    return all(weight.data_ptr() % 16 == 0 for weight in weights)
-
-
-def _tiles_for(x: Tensor, weights: Sequence[Tensor]) -> Tiles:
-    if not x.is_cuda:
-        return CHOICES[-1]
-    # Wider tiles spill where an element takes more than two bytes or loads less than sixteen.
-    wide = x.element_size() == 2 and weights[0].shape[0] >= 256 and _aligned(weights)
-    blocks = _are_blocks(x, weights)
-    properties = torch.cuda.get_device_properties(x.device)  # with ROCm it does not tell
-    room = getattr(properties, "shared_memory_per_block_optin", 0)
-    for tiles in CHOICES:
-        if tiles.shared <= room and wide >= (tiles.columns > 128) and blocks >= tiles.blocks:
-            return tiles
-    return CHOICES[-1]
-
-
-def _are_blocks(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the tensor memory accelerator is there and takes what lies so."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(x.device) < (9, 0):
-        return False
-    steps = (x.stride(0), weights[0].stride(0))
-    rows_apart = all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
-    in_a_row = x.stride(1) == weights[0].stride(1) == 1
-    return rows_apart and in_a_row and x.data_ptr() % 16 == 0 and _aligned(weights)
 
 
 def _programs(device: torch.device) -> int:
@@ -168,7 +139,8 @@ def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+# Numbers of tokens differ from call to call: the code is to be the same for all.
+@triton.jit(do_not_specialize=["choices", "experts"])
 def _kernel(
     x,
     rows,
@@ -189,7 +161,8 @@ def _kernel(
     gathers: tl.constexpr,
     biased: tl.constexpr,
     aligned: tl.constexpr,
-    blocks: tl.constexpr,
+    transposed: tl.constexpr,
+    by_tma: tl.constexpr,
     even: tl.constexpr,
     columns_tile: tl.constexpr,
     inner_tile: tl.constexpr,
@@ -199,10 +172,10 @@ def _kernel(
     ends = tl.load(offsets + numbers, mask=numbers < experts, other=0)
     starts = tl.load(offsets + numbers - 1, mask=(numbers > 0) & (numbers < experts), other=0)
     sizes = ends - starts
-    turn = tl.program_id(0)
+    first = tl.program_id(0)
     for halved in tl.static_range(4):
-        turn = _tiles_of(
-            turn,
+        first = _tiles_of(
+            first,
             128 >> halved,
             sizes,
             x,
@@ -222,7 +195,8 @@ def _kernel(
             gathers,
             biased,
             aligned,
-            blocks,
+            transposed,
+            by_tma,
             even,
             columns_tile,
             inner_tile,
@@ -232,7 +206,7 @@ def _kernel(
 
 @triton.jit
 def _tiles_of(
-    turn,
+    first,
     high: tl.constexpr,
     sizes,
     x,
@@ -252,30 +226,31 @@ def _tiles_of(
     gathers: tl.constexpr,
     biased: tl.constexpr,
     aligned: tl.constexpr,
-    blocks: tl.constexpr,
+    transposed: tl.constexpr,
+    by_tma: tl.constexpr,
     even: tl.constexpr,
     columns_tile: tl.constexpr,
     inner_tile: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """The tiles of one height; returns which of the next ones is this program's first."""
+    """The tiles of one height, from the first of this program; returns its first of the next."""
     tiles_across = tl.cdiv(columns, columns_tile)
+    programs = tl.num_programs(0)
     counts = tl.cumsum(_tiles_down(sizes, high) * tiles_across, axis=0)
     total = tl.max(counts, axis=0)
-    programs = tl.num_programs(0)
-    if blocks and not gathers:
+    if by_tma and not gathers:
         x_blocks = tl.make_tensor_descriptor(
             x, shape=[choices, inner], strides=[x_row, 1], block_shape=[high, inner_tile]
         )
-    for tile in tl.range(turn, total, programs, flatten=blocks):
-        below = counts <= tile
-        expert = tl.sum(below.to(tl.int32), axis=0)
-        number = tile - tl.max(tl.where(below, counts, 0), axis=0)
+    for tile in tl.range(first, total, programs, flatten=by_tma):
+        before = counts <= tile
+        expert = tl.sum(before.to(tl.int32), axis=0)
+        number = tile - tl.max(tl.where(before, counts, 0), axis=0)
         end = tl.load(offsets + expert)
         start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
         weight = tl.load(weights + expert).to(tl.pointer_type(x.dtype.element_ty))
         if aligned:
-            # Of a pointer that was loaded the compiler knows nothing, and loads 2 bytes at a time.
+            # Of a loaded pointer the compiler knows nothing, and loads 2 bytes at a time.
             weight = tl.multiple_of(weight, 16)
         # A wave of tiles shares columns of the weight, and its rows, in the cache.
         group = number // (wave * tiles_across)
@@ -284,9 +259,13 @@ def _tiles_of(
         if high < 128:
             row += (end - start) // 128 * 128
         column = number % (wave * tiles_across) // down * columns_tile
-        # Beyond the end lies somebody else's, or nothing: the last one is read again, and not kept.
-        across = tl.minimum(column + tl.arange(0, columns_tile), columns - 1)
-        if blocks:
+        across = column + tl.arange(0, columns_tile)
+        inside = across < columns
+        # Beyond the end is nothing to read: the last one is read again, and not kept. Where
+        # columns lie side by side that would keep them from being loaded 16 bytes at a time.
+        if not transposed:
+            across = tl.minimum(across, columns - 1)
+        if by_tma:
             right = tl.make_tensor_descriptor(
                 weight,
                 shape=[columns, inner],
@@ -295,7 +274,7 @@ def _tiles_of(
             )
         else:
             right = weight + across.to(tl.int64)[None, :] * w_row
-        if gathers or not blocks:
+        if gathers or not by_tma:
             source = tl.minimum(row + tl.arange(0, high), end - 1)
             if gathers:
                 source = tl.load(rows + source)
@@ -303,40 +282,44 @@ def _tiles_of(
         sums = tl.zeros((high, columns_tile), dtype=tl.float32)
         for k in tl.range(0, inner, inner_tile, num_stages=stages):
             deep = k + tl.arange(0, inner_tile)
-            if blocks and not gathers:
+            if by_tma and not gathers:
                 a = x_blocks.load([row, k])
-            elif even:
-                a = tl.load(left + deep[None, :] * x_column)
             else:
-                a = tl.load(
-                    left + deep[None, :] * x_column, mask=(deep < inner)[None, :], other=0.0
-                )
-            if blocks:
+                a_at = left + deep[None, :] * x_column
+                if even:
+                    a = tl.load(a_at)
+                else:
+                    a = tl.load(a_at, mask=(deep < inner)[None, :], other=0.0)
+            if by_tma:
                 b = right.load([column, k]).T
-            elif even:
-                b = tl.load(right + deep[:, None] * w_column)
             else:
-                b = tl.load(
-                    right + deep[:, None] * w_column, mask=(deep < inner)[:, None], other=0.0
-                )
+                b_at = right + deep[:, None] * w_column
+                if transposed:
+                    b = tl.load(b_at, mask=(deep < inner)[:, None] & inside[None, :], other=0.0)
+                elif even:
+                    b = tl.load(b_at)
+                else:
+                    b = tl.load(b_at, mask=(deep < inner)[:, None], other=0.0)
             sums = tl.dot(a, b, sums, input_precision="ieee")
         if biased:
             bias = tl.load(biases + expert).to(tl.pointer_type(x.dtype.element_ty))
-            sums += tl.load(bias + across).to(tl.float32)[None, :]
+            added = tl.load(bias + across, mask=inside, other=0.0)
+            sums += added.to(tl.float32)[None, :]
         to_row = row + tl.arange(0, high)
         to_column = column + tl.arange(0, columns_tile)
         to = out + to_row.to(tl.int64)[:, None] * columns + to_column[None, :]
         kept = (to_row < end)[:, None] & (to_column < columns)[None, :]
         tl.store(to, sums.to(x.dtype.element_ty), mask=kept)
-    return (turn + programs - total % programs) % programs
+    # The next ones go on where the round of these ends.
+    return (first + programs - total % programs) % programs
 
 
 @triton.jit
 def _tiles_down(size, high: tl.constexpr):
-    """How many tiles of this height an expert has: full ones, and one for the rest of its rows."""
+    """Tiles of this height: all full ones of 128 rows; of the least that takes the rest, one."""
     rest = size % 128
-    lowest: tl.constexpr = high // 2 if high > 16 else 0
-    count = ((rest > lowest) & (rest <= high)).to(tl.int32)
+    lower: tl.constexpr = high // 2 if high > 16 else 0
+    count = ((rest > lower) & (rest <= high)).to(tl.int32)
     if high == 128:
         count += size // 128
     return count

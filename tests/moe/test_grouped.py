@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cachepass.errors import CachePassError
 from cachepass.moe import grouped
-from cachepass.moe.grouped import MOST_EXPERTS, check_map, combine, grouped_linear, route
+from cachepass.moe.grouped import MOST_EXPERTS, combine, grouped_linear, kernel_takes, route
 from tests.models import distance
 
 EXPERTS, DIM, HIDDEN = 8, 16, 24
@@ -132,9 +132,31 @@ def test_what_cannot_be_packed_is_read_in_place() -> None:
 
 
 def test_more_experts_than_the_map_holds() -> None:
-    check_map(MOST_EXPERTS)
+    x, weight = torch.randn(2, DIM), torch.randn(3, DIM)
+    ends = torch.full((MOST_EXPERTS,), 2, dtype=torch.int32)
+    assert kernel_takes(x, None, ends, [weight] * MOST_EXPERTS, [])
     with pytest.raises(
         CachePassError,
         match=r"has 1025 routed experts: the task map of the kernel holds at most 1024\. Split",
     ):
-        check_map(MOST_EXPERTS + 1)
+        kernel_takes(x, None, ends, [weight] * (MOST_EXPERTS + 1), [])
+
+
+def test_what_the_kernel_would_misread() -> None:
+    x, weights = torch.randn(2, DIM), [torch.randn(3, DIM) for _ in range(2)]
+    ends, rows = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1, 0])
+    biases = [torch.randn(3) for _ in range(2)]
+    assert kernel_takes(x, rows, ends, weights, biases)
+    assert not kernel_takes(x, torch.tensor([1, 9, 0, 9])[::2], ends, weights, biases)
+    assert not kernel_takes(x, rows, ends.long(), weights, biases)
+    assert not kernel_takes(x.double(), rows, ends, weights, biases)
+    assert not kernel_takes(x, rows, ends, [weights[0], torch.randn(DIM, 3).t()], biases)
+    assert not kernel_takes(x, rows, ends, [weights[0], torch.randn(4, DIM)], [])
+    assert not kernel_takes(
+        x[:, :1].expand(2, DIM).as_strided((2, 1), (1, 2**31)),
+        rows,
+        ends,
+        [w[:, :1] for w in weights],
+        [],
+    )
+    assert not kernel_takes(x, rows, ends, weights, [biases[0], torch.randn(6)[::2]])

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from cachepass.moe.grouped import route
-from cachepass.moe.triton_kernel import CHOICES, triton_grouped_linear
+from cachepass.moe.tiles import CHOICES
+from cachepass.moe.triton_kernel import triton_grouped_linear
 
 torch.manual_seed(0)
-EXPERTS, INNER, COLUMNS = 6, 40, 136  # neither is a multiple of a tile
+EXPERTS, COLUMNS = 6, 136  # no multiple of a tile
 LOADS = {
     "balanced": [24] * 6,
     "one heavy": [300, 1, 1, 1, 1, 1],
@@ -33,7 +34,7 @@ LOADS = {
 for name, sizes in LOADS.items():
     flat = torch.repeat_interleave(torch.arange(EXPERTS), torch.tensor(sizes))
     flat = flat[torch.randperm(len(flat))]
-    for biased in (False, True):
+    for biased, INNER in ((False, 40), (True, 40), (True, 64)):  # half a tile left, or none
         x = torch.randn(len(flat), INNER)
         weights = [torch.randn(COLUMNS, INNER) for _ in range(EXPERTS)]
         biases = [torch.randn(COLUMNS) for _ in range(EXPERTS)] if biased else []
@@ -44,16 +45,18 @@ for name, sizes in LOADS.items():
             wanted = F.linear(x[rows[start:end]], weights[i], biases[i] if biased else None)
             torch.testing.assert_close(got[start:end], wanted, rtol=1e-4, atol=1e-4, msg=name)
             start = end
-        again = triton_grouped_linear(x[rows], None, offsets, weights, biases)
-        assert torch.equal(again, got), name
-        apart = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
+        wide = torch.randn(len(flat), 2 * INNER)[:, ::2].copy_(x)
+        columnwise = [w.t().contiguous().t() for w in weights]
         for tiles in CHOICES:
-            for given in (weights, apart):  # some start where 16 bytes do not
-                if given is weights or not tiles.blocks:
-                    again = triton_grouped_linear(x, rows, offsets, given, biases, tiles)
-                    assert torch.equal(again, got), (name, tiles)
             again = triton_grouped_linear(x[rows], None, offsets, weights, biases, tiles)
             assert torch.equal(again, got), (name, tiles)
+            again = triton_grouped_linear(x, rows, offsets, weights, biases, tiles)
+            assert torch.equal(again, got), (name, tiles)
+            if not tiles.by_tma:
+                again = triton_grouped_linear(wide, rows, offsets, columnwise, biases, tiles)
+                assert torch.equal(again, got), (name, tiles)
+    nothing = offsets.new_zeros(EXPERTS)
+    assert not triton_grouped_linear(x, rows[:0], nothing, weights, biases).numel()
 print("equal")
 """
 

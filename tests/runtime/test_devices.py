@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import cachepass
 from cachepass.moe.grouped import grouped_linear, route
+from cachepass.moe.tiles import fitting
 from tests.models import WAN, as_tensor, distance
 from tests.requests import BOTH, decisions
 from tests.zoo import ZOO
@@ -142,34 +145,84 @@ def test_a_whole_graph(device: str) -> None:
         assert distance(got, want) < 1e-4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Rows of each expert, and what its weights are."""
+
+    sizes: Sequence[int]
+    columns: int
+    inner: int
+
+
+LAYERS = {
+    "balanced": Layer(sizes=[40] * 5, columns=48, inner=64),
+    # More tiles than a GPU has multiprocessors, and more steps than its pipeline has stages.
+    "one heavy": Layer(sizes=[4000, 100, 0, 1, 900], columns=2080, inner=1000),
+    "rests": Layer(sizes=[144, 160, 192, 256, 300], columns=272, inner=264),
+    "narrow": Layer(sizes=[3, 1, 0, 20, 70], columns=8, inner=8),
+    "nothing": Layer(sizes=[0] * 5, columns=48, inner=64),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "by rows": lambda weight: weight,
+    "by columns": lambda weight: weight.t().contiguous().t(),
+    # Not at a multiple of 16 bytes.
+    "one on": lambda weight: torch.cat([weight.new_zeros(1), weight.flatten()])[1:].view_as(weight),
+}
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("columns", [48, 272])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "sizes",
-    [[40] * 5, [790, 1, 1, 0, 8], [144, 160, 192, 256, 300]],
-    ids=["balanced", "one heavy", "rests"],
+    "name",
+    [pytest.param(n, marks=pytest.mark.full) if n == "one heavy" else n for n in LAYERS],
 )
-def test_routed_experts(device: str, dtype: torch.dtype, columns: int, sizes: list[int]) -> None:
-    """Against one product after another; on CUDA by the Triton kernel."""
+def test_routed_experts(device: str, dtype: torch.dtype, layout: str, name: str) -> None:
+    """Against one product after another; on CUDA by the Triton kernel, in each way it has."""
     torch.manual_seed(0)
-    chosen = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))
+    layer = LAYERS[name]
+    chosen = torch.repeat_interleave(torch.arange(5), torch.tensor(layer.sizes))
     chosen = chosen[torch.randperm(len(chosen))].to(device)
-    x = torch.randn(len(chosen), 64, dtype=dtype).to(device)
-    weights = [torch.randn(columns, 64, dtype=dtype).to(device) / 8 for _ in sizes]
-    biases = [torch.randn(columns, dtype=dtype).to(device) for _ in sizes]
-    rows, offsets, _ = route(chosen[:, None], len(sizes))
+    x = torch.randn(len(chosen), layer.inner, dtype=dtype).to(device)
+    shape = (layer.columns, layer.inner)
+    drawn = [torch.randn(shape, dtype=dtype).to(device) / layer.inner**0.5 for _ in layer.sizes]
+    weights = [LAYOUTS[layout](weight) for weight in drawn]
+    biases = [torch.randn(layer.columns, dtype=dtype).to(device) for _ in layer.sizes]
+    rows, offsets, _ = route(chosen[:, None], 5)
+    strided = x.new_empty(len(x), 2 * layer.inner + 1)[:, : layer.inner].copy_(x)
     limit = 1e-5 if dtype is torch.float32 else 1e-2
     for added in ([], biases):
         ends = offsets.tolist()
         wanted = torch.cat(
             [
-                F.linear(x[rows[start:end]], weights[i], added[i] if added else None)
+                F.linear(x[rows[start:end]], drawn[i], added[i] if added else None)
                 for i, (start, end) in enumerate(itertools.pairwise([0, *ends]))
             ]
         )
-        assert distance(grouped_linear(x, rows, offsets, weights, added), wanted) < limit
-        assert distance(grouped_linear(x[rows], None, offsets, weights, added), wanted) < limit
+        for given, index in ((x, rows), (strided, rows), (x[rows], None)):
+            ways = [grouped_linear(given, index, offsets, weights, added)]
+            if device == "cuda":
+                ways += _by_each_tile(given, index, offsets, weights, added)
+            assert all(_distance(got, wanted) < limit for got in ways)
+
+
+def _by_each_tile(
+    x: Tensor,
+    rows: Tensor | None,
+    offsets: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> list[Tensor]:
+    from cachepass.moe.triton_kernel import triton_grouped_linear
+
+    aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
+    found = fitting(x, weights, aligned=aligned, gathers=rows is not None)
+    return [triton_grouped_linear(x, rows, offsets, weights, biases, tiles) for tiles in found]
+
+
+def _distance(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return distance(got, wanted) if len(wanted) else 0.0
 
 
 @pytest.mark.parametrize("device", DEVICES)

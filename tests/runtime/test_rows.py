@@ -189,7 +189,7 @@ def test_rows_that_compute_are_gathered() -> None:
             activities=[torch.profiler.ProfilerActivity.CPU],
             with_flops=True,
             record_shapes=True,
-            acc_events=True,
+            acc_events=True,  # torch 2.11 warns without
         ) as seen:
             step_together(model, together)
         flops.append(sum(event.flops for event in seen.key_averages()))

@@ -49,6 +49,8 @@ def triton_grouped_linear(
     """
     choices = x.shape[0] if rows is None else rows.shape[0]
     out = x.new_empty(choices, weights[0].shape[0])
+    if not choices:
+        return out
     pointers = tuple(weight.data_ptr() for weight in weights)
     aligned = all(pointer % 16 == 0 for pointer in pointers)
     launch = functools.partial(_launch, out, x, rows, offsets, weights, pointers, biases, aligned)

@@ -7,6 +7,7 @@ import inspect
 import logging
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -156,8 +157,11 @@ def capture_call(
         given[name] = value.clone() if isinstance(value, Tensor) else value
         for dimension in open_sizes.get(name, ()):
             torch._dynamo.maybe_mark_dynamic(given[name], dimension)
-    # Open is what was asked for, whatever sizes dynamo has seen before.
-    fixed = torch._dynamo.config.patch(specialize_float=True, automatic_dynamic_shapes=False)
+    # Open is what was asked for, whatever sizes dynamo has seen before. Nothing of it is kept, so
+    # it does not count how often: see `ISOLATED`.
+    fixed = torch._dynamo.config.patch(
+        specialize_float=True, automatic_dynamic_shapes=False, recompile_limit=sys.maxsize
+    )
     recorded: Recording | None = None
     marked = "_is_torch_compile" in vars(model)
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True, **ISOLATED)

@@ -161,7 +161,10 @@ class _Writer:
             root.state[SEEN] = root.call(tensors.called, seen, self.step, self.branch)
         changed = [name for name, node in root.state.items() if node is not self.initial.get(name)]
         sites = [site.name for site in self.policy.sites if site.name in self.taken]
-        returned = [*results, *(self.taken[s] for s in sites), *(root.state[n] for n in changed)]
+        # A package takes what it is given for dense memory: a value that rows share would be read
+        # beyond its end.
+        new_state = [root.call(tensors.contiguous, root.state[n]) for n in changed]
+        returned = [*results, *(self.taken[s] for s in sites), *new_state]
         root.graph.output(tuple(root.here(value) for value in returned))
         whole = root.module()
         for part in walk(whole):

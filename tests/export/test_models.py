@@ -84,3 +84,15 @@ def test_packages_agree(name: str, policy_name: str, tmp_path: pathlib.Path) -> 
     # Inductor's kernels round otherwise (1e-6 a call), and twenty steps carry it on: to 1.04e-5 at
     # most, on the trained model; the others stay below 1e-5.
     agree(packaged, Compiled(tiny, policy), branches, 1.5e-5 if name == "shapes" else 1e-5)
+
+
+@pytest.mark.parametrize("policy_name", ["teacache", "mixcache"])
+def test_what_comes_back_is_dense(policy_name: str) -> None:
+    """It is handed over again, and a package knows of no other layout."""
+    tiny = MODELS["cogvideox"]  # both rows in a call, which share a step
+    program = cachepass.export(tiny.model(), tiny.example(), policy=POLICIES[policy_name])
+    with torch.no_grad():
+        made = program.module()(**program.example_inputs[1])
+    values = [value for kept in made["state"].values() for value in kept.values()]
+    assert values
+    assert all(value.is_contiguous() for value in values)

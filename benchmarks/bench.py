@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import compile_time, floor, graph_time, one_graph, overhead, quality, relay
-from benchmarks.figures import Result, keep, table
+from benchmarks.figures import Result, keep, parts_of, table
 from benchmarks.testbed import Progress
 from examples.shapes.progress import StatusLine
 
@@ -64,22 +64,19 @@ def _show(status: StatusLine, part: str, what: str) -> None:
     status.update(f"({part}) {what}")
 
 
-def _parts(text: str) -> list[str]:
-    parts = sorted(set(text.split(",")))
-    if unknown := [part for part in parts if part not in TITLES]:
-        raise argparse.ArgumentTypeError(
-            f"no part {', '.join(unknown)}: choose from {','.join(TITLES)}"
-        )
-    return parts
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench",
         description="Measure what cachepass costs and gains.",
     )
     add = parser.add_argument
-    add("--only", type=_parts, default=list(TITLES), metavar="A,B", help="parts: a,b,c,d,e,f,g")
+    add(
+        "--only",
+        type=parts_of(TITLES),
+        default=list(TITLES),
+        metavar="A,B",
+        help="parts: a,b,c,d,e,f,g",
+    )
     add("--pairs", type=int, default=15, help="(a, b, f) rounds; at least 15 for a figure")
     add("--repeats", type=int, default=3, help="(c, g) fresh processes, or rounds")
     add("--prompts", type=int, default=4, help=f"(d, e) at most {len(quality.PROMPTS)}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import datetime
 import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,20 @@ def table(title: str, figures: Sequence[Figure]) -> str:
             f"  {figure.name:{width}}  {shown:28}  {target:13}  {verdict:6}  {figure.note}".rstrip()
         )
     return "\n".join(lines)
+
+
+def parts_of(titles: Mapping[str, str]) -> Callable[[str], list[str]]:
+    """For argparse: names of parts, with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        parts = sorted(set(text.split(",")))
+        if unknown := [part for part in parts if part not in titles]:
+            raise argparse.ArgumentTypeError(
+                f"no part {', '.join(unknown)}: choose from {','.join(titles)}"
+            )
+        return parts
+
+    return parse
 
 
 def keep(path: Path, part: str, result: Result, seconds: float) -> None:

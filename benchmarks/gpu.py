@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import cachepass
-from benchmarks.figures import Figure, Result, keep, table
+from benchmarks.figures import Figure, Result, keep, parts_of, table
 from benchmarks.sampling import Estimate, interleave, median, ratio
 from benchmarks.testbed import Progress, plain
 from examples.shapes.progress import StatusLine
@@ -196,19 +196,18 @@ def measure_rows(model: Any, rounds: int, progress: Progress) -> Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--only", default=",".join(TITLES), metavar="A,B", help="parts")
+    parser.add_argument(
+        "--only", type=parts_of(TITLES), default=list(TITLES), metavar="A,B", help="parts"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     options = parser.parse_args(arguments)
-    only = options.only.split(",")
-    if unknown := [part for part in only if part not in TITLES]:
-        parser.error(f"no part {', '.join(unknown)}: choose from {','.join(TITLES)}")
     if not torch.cuda.is_available():
         parser.exit(1, "there is no GPU that torch can see: these figures are of one\n")
     parts = {"call": measure_call, "reuse": measure_reuse, "rows": measure_rows}
     model = wan()
     status = StatusLine()
-    for part in only:
+    for part in options.only:
         started = time.perf_counter()
         with torch.no_grad():
             result = parts[part](model, options.rounds, functools.partial(_show, status, part))

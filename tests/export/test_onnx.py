@@ -147,6 +147,7 @@ def test_errors_of_the_runner(onnx_file: pathlib.Path, tmp_path: pathlib.Path) -
         runner_of(tmp_path / "other.onnx")
 
 
+@pytest.mark.full
 def test_a_pipeline_around_an_onnx_file(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("onnxruntime")
     from cachepass.onnx import Denoiser

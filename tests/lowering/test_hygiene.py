@@ -158,13 +158,12 @@ def test_compiled_reuse_is_eager_reuse(name: str, policy: str) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "policy",
     [
         cachepass.Schedule(reuse={1: "stack", 3: "stack"}),
-        pytest.param(
-            cachepass.AdaCache(codebook=((9.0, 2),), motion=False), marks=pytest.mark.full
-        ),
+        cachepass.AdaCache(codebook=((9.0, 2),), motion=False),
     ],
 )
 def test_layouts_of_slots_and_arms(policy: cachepass.NamedPolicy) -> None:
@@ -220,7 +219,7 @@ def test_resolutions_of_wan(dynamic: bool | None) -> None:
         assert len(cached.denoiser.programs) == 1, "one graph for all sizes"
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("kind", ["attention", pytest.param("mlp", marks=pytest.mark.full)])
 def test_sublayers_compile(kind: str) -> None:
     """Modulation comes in a tuple that several sublayers take items of."""
     cached = cachepass.compile(WAN.model(), policy=cachepass.Schedule(reuse={1: kind}))

@@ -93,10 +93,17 @@ def test_a_call_ahead_of_its_turn_with_other_inputs_is_made_again() -> None:
     assert "its inputs turned out to be others: it was computed again" in notes(session)
 
 
-@pytest.mark.parametrize("form", ["concat", "concat-cond-first"])
-@pytest.mark.parametrize("policy", [None, MIX], ids=["schedule", "mixcache"])
+@pytest.mark.parametrize(
+    ("policy", "form"),
+    [
+        (None, "concat"),
+        (MIX, "concat-cond-first"),
+        pytest.param(None, "concat-cond-first", marks=pytest.mark.full),
+        pytest.param(MIX, "concat", marks=pytest.mark.full),
+    ],
+)
 def test_one_batch_of_both_branches_is_two_calls(
-    form: Any, policy: cachepass.NamedPolicy | None
+    policy: cachepass.NamedPolicy | None, form: Any
 ) -> None:
     apart, first = _loop(_compile(policy))
     together, second = _loop(_compile(policy, guidance=form), concat=form)

@@ -149,7 +149,7 @@ def test_an_exception_drops_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decisions(session)[-1] == (2, "cond", [])
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.full)])
 def test_a_new_resolution_starts_cold(dynamic: bool | None) -> None:
     model = WAN.model()
     cached = _compile(model, dynamic=dynamic)

@@ -67,7 +67,11 @@ CALLS = st.dictionaries(
 )
 
 
-@pytest.mark.parametrize("predictor", [None, cachepass.Taylor(order=2)], ids=["usual", "taylor"])
+@pytest.mark.parametrize(
+    "predictor",
+    [None, pytest.param(cachepass.Taylor(order=2), marks=pytest.mark.full)],
+    ids=["usual", "taylor"],
+)
 @examples(12)
 @given(table=CALLS)
 def test_rows_do_not_depend_on_their_neighbours(

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.full
 def test_every_class_of_a_loop_has_an_entry() -> None:
     assert called_in_loops().keys() <= ZOO.keys()
     assert ZOO.keys() <= transformer_classes().keys()

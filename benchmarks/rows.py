@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import cachepass
 from benchmarks.dials import adacache_fields
-from benchmarks.figures import Figure, Result, keep, table
+from benchmarks.figures import Figure, Result, keep, parts_of, table
 from benchmarks.quality import PROMPTS, PSNR_LIMIT
 from benchmarks.sampling import Estimate, interleave, median, ratio
 from benchmarks.testbed import LATENT, Progress
@@ -48,6 +48,7 @@ from examples.shapes.pipeline import GUIDANCE_SCALE, build_scheduler, embed_prom
 from examples.shapes.progress import StatusLine
 from examples.shapes.quality import psnr
 
+TITLES = {"a": "(a) a decision for each row", "b": "(b) continuous batching"}
 STEPS = 50
 ROWS = 4
 SCALES = (0.6, 0.8, 1.0, 1.4, 2.0, 2.8)
@@ -286,27 +287,25 @@ def _show(status: StatusLine, part: str, text: str) -> None:
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description="Measure rows that decide on their own.")
-    parser.add_argument("--only", default="a,b", metavar="A,B", help="parts: a,b")
+    parser.add_argument(
+        "--only", type=parts_of(TITLES), default=list(TITLES), metavar="A,B", help="parts: a,b"
+    )
     parser.add_argument("--batches", type=int, default=2, help="(a) of four videos, at most 2")
     parser.add_argument("--rounds", type=int, default=3, help="(b)")
     parser.add_argument("--steps", type=int, default=30, help="(b) of a request")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rows.json"))
     options = parser.parse_args()
     model = load("large")
-    parts: dict[str, tuple[str, Callable[[Progress], Result]]] = {
-        "a": ("a decision for each row", lambda p: apart_and_as_one(model, options.batches, p)),
-        "b": (
-            "continuous batching",
-            lambda p: continuous(model, options.rounds, options.steps, p),
-        ),
+    parts: dict[str, Callable[[Progress], Result]] = {
+        "a": lambda p: apart_and_as_one(model, options.batches, p),
+        "b": lambda p: continuous(model, options.rounds, options.steps, p),
     }
     status = StatusLine()
-    for name in options.only.split(","):
-        title, measure = parts[name]
+    for name in options.only:
         started = time.perf_counter()
-        result = measure(functools.partial(_show, status, name))
+        result = parts[name](functools.partial(_show, status, name))
         status.clear()
-        print(table(f"({name}) {title}", result.figures), flush=True)
+        print(table(TITLES[name], result.figures), flush=True)
         keep(options.out, name, result, time.perf_counter() - started)
 
 
